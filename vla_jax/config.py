@@ -1,0 +1,212 @@
+"""One run's configuration: defaults here, values from a config file, overrides from the command line, then frozen.
+
+A config file defines `get_config(arg: str = "") -> ml_collections.ConfigDict`; it starts from `default()`, which is
+locked, so that a misspelt key fails where it stands. Config files are Python and are executed: run only those you trust.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+
+from vla_jax import paths
+from vla_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    root: str = ""  # folder that holds <dataset>/<version>/
+    mixture: str = ""  # name in data/mixtures, a path to one, or the name of a single card
+    index_dir: str = ""  # where step indexes are kept; empty: the user's cache folder
+    holdout: float = 0.1  # fraction of episodes never trained on; evaluation reads only these
+    chunk_s: float = 1.0  # an action chunk spans this time, so robots differ in its number of steps
+    max_chunk: int = 50  # steps; caps chunk_s * control_hz
+    image_size: int = 224  # pixels; images are resized to a square
+    views: tuple[str, ...] = ("base", "wrist", "wrist_right", "side")  # the order of cameras; those a card lacks are skipped
+    threads: int = 2  # decoding threads per process
+    prefetch: int = 2  # batches made ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    rows: int = 8  # rows in the global batch
+    group: int = 4  # rows packed together; a host makes whole groups
+    length: int = 1024  # tokens in a row
+    images: int = 4  # images in a row
+    samples: int = 4  # samples in a row
+    targets: int = 128  # predicted tokens in a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    text_model: str = ""  # SentencePiece .model; empty: data/text/default.model
+    action_vocab: int = 512  # FAST vocabulary, fitted on the training episodes of the mixture
+    action_scale: float = 10.0  # DCT coefficients are rounded after multiplying by this
+    action_path: str = ""  # a fitted tokenizer (JSON); empty: fit one, kept in the workdir
+    state: str = "continuous"  # continuous (one projected token) | none
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    preset: str = "debug"  # vla_jax/models/presets.py
+    dtype: str = "bfloat16"  # of activations; parameters, norms and softmax are float32
+    remat: str = "none"  # none | full | dots
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = 1
+    fsdp: int = -1  # -1: all remaining devices
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = 1000
+    seed: int = 0
+    lr: float = 3e-4
+    lr_end: float = 0.1  # final learning rate as a fraction of lr (cosine)
+    warmup: int = 100
+    weight_decay: float = 1e-4
+    b2: float = 0.95
+    clip: float = 1.0
+    ema: float = 0.0  # decay; 0: none is kept
+    log_every: int = 10
+    eval_every: int = 0  # 0: only after the last step
+    eval_batches: int = 4
+    save_every: int = 1000
+    keep: int = 2  # newest checkpoints kept
+    allow_new_mixture: bool = False  # resume although the data changed
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Data = Data()
+    pack: Pack = Pack()
+    tokens: Tokens = Tokens()
+    model: Model = Model()
+    mesh: Mesh = Mesh()
+    train: Train = Train()
+
+    def digest(self) -> str:
+        """Identifies what a checkpoint's shapes and learning depend on. Where data lies and how fast it is read do not count."""
+        d = dataclasses.asdict(self)
+        for key in ("root", "index_dir", "threads", "prefetch"):
+            d["data"].pop(key)
+        for key in ("log_every", "eval_every", "eval_batches", "save_every", "keep", "allow_new_mixture", "steps"):
+            d["train"].pop(key)
+        d.pop("mesh")
+        return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def default():
+    """A locked `ConfigDict` of all defaults: what a config file starts from."""
+    import ml_collections
+
+    cfg = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    return cfg.lock()
+
+
+def load(spec: str, overrides: typing.Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """`path[:arg]` and overrides `x.y=z` -> the frozen Config and, for each key, where its value comes from.
+
+    Raises: UserError for a missing file, an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    import ml_collections
+    from absl import flags
+    from ml_collections import config_flags
+
+    name, _, arg = spec.partition(":")
+    path = paths.find("configs", name)
+    known = flatten(dataclasses.asdict(Config()))
+    for item in overrides:
+        key = item.partition("=")[0]
+        if "=" not in item or key not in known:
+            raise UserError(_unknown(key, known, "the command line") if "=" in item else f"override {item!r} is not key=value")
+    argv = ["vla-jax", f"--config={path}" + (f":{arg}" if arg else ""), *(f"--config.{item}" for item in overrides)]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+    try:
+        values(argv)
+        raw: ml_collections.ConfigDict = values.config
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"config {spec}: {' '.join(str(e).split())}") from e
+    config = from_dict(raw.to_dict(), where=str(path))
+    file_values = _file_values(path, arg, known, config, overrides)
+    overridden = {item.partition("=")[0] for item in overrides}
+    origin = {}
+    for key in known:
+        if key in overridden:
+            origin[key] = "command line"
+        else:
+            origin[key] = f"{name}{':' + arg if arg else ''}" if file_values[key] != known[key] else "default"
+    return config, origin
+
+
+def _file_values(path, arg, known, config, overrides) -> dict:
+    if not overrides:
+        return flatten(dataclasses.asdict(config))
+    plain, _ = load(f"{path}:{arg}" if arg else str(path))
+    return flatten(dataclasses.asdict(plain))
+
+
+def from_dict(values: dict, *, where: str) -> Config:
+    """Nested plain dict -> Config. Raises: UserError for unknown keys and wrong types."""
+    return _build(Config, values, where, "")
+
+
+def _build(cls, values: dict, where: str, prefix: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    out = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(_unknown(prefix + key, [prefix + f for f in fields], where))
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix + key} in {where} is a group of settings, not {value!r}")
+            out[key] = _build(kind, value, where, prefix + key + ".")
+        else:
+            out[key] = _cast(kind, value, where, prefix + key)
+    return cls(**out)
+
+
+def _cast(kind, value, where, key):
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(str(v) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind if isinstance(kind, type) else tuple) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{key} = {value!r} in {where} must be of type {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _unknown(key: str, known, where: str) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown config key {key!r} in {where}.{hint} `vla-jax config --config=...` lists all keys."
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, typing.Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out.update(flatten(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return out
+
+
+def render(config: Config, origin: dict[str, str]) -> str:
+    """The resolved config, one `key = value` a line with where the value comes from."""
+    flat = flatten(dataclasses.asdict(config))
+    lines = [f"{key} = {json.dumps(value)}" for key, value in flat.items()]
+    width = max(map(len, lines))
+    return "\n".join(f"{line:<{width}}  # {origin[key]}" for line, key in zip(lines, flat))

@@ -1,0 +1,200 @@
+"""Several processes as one job: who is there, and do they agree. launch/README.md is the contract for the variables.
+
+`find` reads the environment and nothing else; `initialize` connects; with one process all that follows is a no-op.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .types import UserError
+
+
+class Cluster(NamedTuple):
+    source: str
+    coordinator: str | None = None  # None: jax asks the TPU environment for coordinator, count and index
+    count: int = 1
+    index: int = 0
+    local_device_ids: tuple[int, ...] | None = None  # None: all accelerators of the machine
+
+
+def find(env: Mapping[str, str]) -> Cluster | None:
+    """The first of VLA_*, Slurm, TPU, JobSet to describe several processes; None: one. Half a set is refused."""
+    env = {k: v for k, v in env.items() if v}  # empty counts as unset: launchers pass on what they do not have
+    vla = [k for k in ("VLA_COORDINATOR", "VLA_NUM_PROCESSES", "VLA_PROCESS_ID") if k in env]
+    if vla == ["VLA_COORDINATOR"] and env["VLA_COORDINATOR"] == "auto":
+        return Cluster("jax's own detection (VLA_COORDINATOR=auto)")
+    if vla == ["VLA_NUM_PROCESSES"] and env["VLA_NUM_PROCESSES"] == "1":
+        return None
+    if vla:
+        _complete(env, "VLA_COORDINATOR", "VLA_NUM_PROCESSES", "VLA_PROCESS_ID", hint="Set all three on every process, "
+                  "VLA_COORDINATOR=auto alone on a TPU pod, or VLA_NUM_PROCESSES=1 alone for a single process.")
+        return _numbered("VLA_* variables", env["VLA_COORDINATOR"], env, "VLA_NUM_PROCESSES", "VLA_PROCESS_ID")
+
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    if tasks in env and _number(env, tasks, 1) > 1:
+        _complete(env, "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES",
+                  hint=f"{tasks}={env[tasks]}, but only srun sets these: start with `srun vla-jax ...`, or set "
+                  "VLA_NUM_PROCESSES=1 for a single process in this allocation.")
+        # The port that jax itself would take: another job on the same node is unlikely to have it.
+        port = _number(env, "SLURM_JOB_ID") % 4096 + 61440
+        found = _numbered("Slurm", f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}", env, tasks, "SLURM_PROCID")
+        # jax's own detection gives a task one accelerator, which leaves the rest idle where a node runs one task.
+        if found.count > _number(env, "SLURM_STEP_NUM_NODES", 1) and "JAX_LOCAL_DEVICE_IDS" not in env:
+            found = found._replace(local_device_ids=(_number(env, "SLURM_LOCALID"),))
+        return found
+
+    tpu_hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in tpu_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in env or env.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return Cluster("the TPU environment (TPU_WORKER_HOSTNAMES, MEGASCALE_*)")
+    if "JOBSET_NAME" in env and not tpu_hosts:
+        _complete(env, "REPLICATED_JOB_NAME", "JOB_COMPLETION_INDEX", "NNODES", hint="A JobSet without TPUs needs them "
+                  "in every pod; or set VLA_NUM_PROCESSES=1 for a single process.")
+        # JobSet's stable pod names: <jobset>-<replicated job>-<job>-<pod>.<subdomain>, the subdomain being the JobSet.
+        host = f"{env['JOBSET_NAME']}-{env['REPLICATED_JOB_NAME']}-0-0.{env['JOBSET_NAME']}"
+        found = _numbered("JobSet", f"{host}:8476", env, "NNODES", "JOB_COMPLETION_INDEX")
+        return found if found.count > 1 else None
+    return None
+
+
+def _complete(env: Mapping[str, str], *keys: str, hint: str) -> None:
+    if missing := [k for k in keys if k not in env]:
+        raise UserError(f"The environment describes several processes but lacks {', '.join(missing)}. {hint}")
+
+
+def _number(env: Mapping[str, str], key: str, low: int = 0) -> int:
+    if not env[key].isdecimal() or int(env[key]) < low:
+        raise UserError(f"{key}={env[key]!r} in the environment is not a whole number of {low} or more.")
+    return int(env[key])
+
+
+def _numbered(source: str, coordinator: str, env: Mapping[str, str], count_key: str, index_key: str) -> Cluster:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"Coordinator {coordinator!r} (from {source}) is not host:port with a port of 1 to 65535. Give "
+                        "the address of process 0, such as 10.0.0.1:8476, the same on every process.")
+    count, index = _number(env, count_key, 1), _number(env, index_key)
+    if index >= count:
+        raise UserError(f"{index_key}={index}, but {count_key}={count}: processes are numbered 0 to {count - 1}.")
+    return Cluster(source, coordinator, count, index)
+
+
+def first_host(nodelist: str) -> str:
+    """`gpu[003-010,12]-ib,login` -> `gpu003-ib`."""
+    return re.sub(r"^([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*).*", r"\1\2\3", nodelist)
+
+
+def initialize(*, timeout_s: float = 300) -> str:
+    """Connects the processes that the environment describes, before any use of jax. Returns a line for the log."""
+    found = find(os.environ)
+    if found is None:
+        return "distributed: 1 process (no VLA_*, Slurm, TPU pod or JobSet variables that describe more)"
+    import jax
+
+    if not jax.distributed.is_initialized():
+        # CPUs of several processes cannot reduce without it. It is jax's default today; a choice of mpi is left alone.
+        if jax.config.jax_cpu_collectives_implementation in (None, "none"):
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _connect(jax.distributed.initialize, found, timeout_s)
+    where = f", coordinator {found.coordinator}" if found.coordinator else ""
+    return f"distributed: {jax.process_count()} processes (this is {jax.process_index()}){where}, from {found.source}"
+
+
+def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
+    """jax aborts the process (SIGABRT, no exception) at its own timeout and crashes on a taken port, so the port is
+    tried first, and jax connects in a thread with a timeout later than ours."""
+    arguments: dict[str, Any] = {"initialization_timeout": int(timeout_s) + 600}
+    me, hint = f"This process (from {found.source})", "Does the same command run on every worker of the TPU slice?"
+    if found.coordinator:
+        me = f"Process {found.index} of {found.count} (from {found.source}, coordinator {found.coordinator})"
+        arguments |= dict(coordinator_address=found.coordinator, num_processes=found.count, process_id=found.index,
+                          local_device_ids=found.local_device_ids, cluster_detection_method="deactivate")
+        host, _, port = found.coordinator.rpartition(":")
+        if found.index == 0:
+            hint = "It listens, but others have not come. Do they all run, with this coordinator and count?"
+            try:
+                socket.create_server(("", int(port))).close()
+            except OSError as e:
+                raise UserError(f"{me} cannot listen on port {port}: {e.strerror}. Stop what holds the port, or choose "
+                                "another on every process.") from None
+    failed: list[Exception] = []
+
+    def target() -> None:
+        try:
+            connect(**arguments)
+        except Exception as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=target, daemon=True, name="jax.distributed.initialize")
+    thread.start()
+    thread.join(timeout_s)
+    if failed:
+        raise UserError(f"{me} could not join the others: {failed[0]}") from failed[0]
+    if thread.is_alive():
+        if found.index > 0:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+                hint = "The coordinator answers, but another process has not come: see the others' logs."
+            except OSError as e:
+                hint = f"Nothing answers at the coordinator ({e}). Does process 0 run there, and is the port open?"
+        raise UserError(f"{me} has waited {timeout_s:g} s for processes 0 to {found.count - 1}. {hint}"
+                        if found.coordinator else f"{me} has waited {timeout_s:g} s for the others. {hint}")
+
+
+def process_index() -> int:
+    import jax
+
+    return jax.process_index()
+
+
+def process_count() -> int:
+    import jax
+
+    return jax.process_count()
+
+
+def is_main() -> bool:
+    return process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns once every process has called it with this name."""
+    if process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(name: str, digest: str) -> None:
+    """Every process must hold the same `digest` of the thing called `name`; else every process raises UserError."""
+    if process_count() > 1:
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        mine = np.frombuffer(hashlib.sha256(digest.encode()).digest(), np.uint8)
+        held = [bytes(row).hex() for row in np.asarray(multihost_utils.process_allgather(mine))]
+        if differ := [f"process {i} holds {h[:12]}" for i, h in enumerate(held) if h != held[0]]:
+            raise UserError(f"{name} is not the same on all {len(held)} processes: process 0 holds {held[0][:12]}, but "
+                            f"{', '.join(differ)}. This is process {process_index()}. Start all of them with the same "
+                            "code, config and data.")
+
+
+def broadcast_json(value: Any = None) -> Any:
+    """Process 0's value on every process; through JSON on process 0 too, so that all see the same types."""
+    text = json.dumps(value if is_main() else None)
+    if process_count() > 1:
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        data = np.frombuffer(text.encode(), np.uint8)
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))  # the others must offer the same shape
+        data = data if is_main() else np.zeros(size, np.uint8)
+        text = bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).decode()
+    return json.loads(text)

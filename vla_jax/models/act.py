@@ -1,0 +1,73 @@
+"""From observations to action chunks with a trained model: what evaluation and the deployed policy share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from vla_jax.models import decode
+from vla_jax.models.presets import VLAConfig
+from vla_jax.tokens.sequence import Layout
+from vla_jax.types import PAD, Batch
+
+_MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One observation: images u8[h w 3] in the order of the card's views, state f32[s] normalised, the full prompt,
+    and the shape (steps, dims) of the wanted chunk."""
+
+    images: list[np.ndarray]
+    state: np.ndarray
+    prompt: str
+    steps: int
+    dims: int
+
+
+class Actor:
+    """Answers batches of requests with normalised action chunks. Compiled once per padded shape."""
+
+    def __init__(self, cfg: VLAConfig, layout: Layout, params: dict):
+        self.cfg, self.layout, self.params = cfg, layout, params
+        first = layout.action_offset
+        self._generate = jax.jit(
+            functools.partial(
+                decode.generate, cfg, lengths=layout.action.lengths, first=first,
+                last=first + layout.action.vocab_size, eos=layout.text.eos,
+            ),
+            static_argnames=("steps",),
+        )
+
+    def __call__(self, requests: list[Request]) -> list[tuple[np.ndarray, bool]]:
+        """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk)."""
+        rows = 1 << (len(requests) - 1).bit_length()  # few batch sizes are compiled
+        budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
+        ids, ended = self._generate(self.params, self._batch(requests, rows), budget=budget, steps=int(budget.max()) + 1)
+        out = []
+        for i, request in enumerate(requests):
+            tokens = self.layout.action_ids(np.asarray(ids[i]))
+            chunk, valid = self.layout.action.decode(tokens, steps=request.steps, dims=request.dims)
+            out.append((chunk, valid and bool(ended[i])))
+        return out
+
+    def _batch(self, requests: list[Request], rows: int) -> Batch:
+        prefixes = [self.layout.prefix(images=len(r.images), prompt=r.prompt) for r in requests]
+        n = -(-max(map(len, prefixes)) // _MULTIPLE) * _MULTIPLE
+        m, size = max(len(r.images) for r in requests), self.cfg.image_size
+        images = np.zeros((rows, m, size, size, 3), np.uint8)
+        tokens, segment = np.full((rows, n), PAD, np.int32), np.zeros((rows, n), np.int32)
+        state = np.zeros((rows, 1, max(self.cfg.state_dim, 1)), np.float32)
+        for i, (request, prefix) in enumerate(zip(requests, prefixes)):
+            tokens[i, : len(prefix)], segment[i, : len(prefix)] = prefix, 1
+            state[i, 0, : len(request.state)] = request.state
+            for j, image in enumerate(request.images):
+                images[i, j] = image
+        position = np.broadcast_to(np.arange(n, dtype=np.int32), (rows, n))
+        return Batch(
+            images=images, tokens=tokens, segment=segment, position=position, block=np.zeros((rows, n), np.int32), state=state,
+            target=None, loss_weight=None, actions=None, action_mask=None, dataset=None, sample_id=None,
+        )

@@ -1,0 +1,86 @@
+"""Gemma-style decoder, with the parameter names of big_vision's PaliGemma (`llm/...`)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vla_jax.models.layers import Einsum, RMSNorm, attention, fan_in, rope, stack, weight
+from vla_jax.models.presets import VLAConfig
+
+
+class _Attention(nn.Module):
+    cfg: VLAConfig
+
+    @nn.compact
+    def __call__(self, x, cache, position, mask, slot):
+        c = self.cfg.language
+        q = Einsum((c.heads, c.width, c.head_dim), ("heads", "embed", None), fan_in(1, (0, 2)), name="q_einsum")("btd,hde->bthe", x)
+        kv = Einsum((2, c.kv_heads, c.width, c.head_dim), (None, None, "embed", None), fan_in(2, (1, 3)), name="kv_einsum")("btd,ckde->cbtke", x)
+        q, k, v = rope(q, position) * c.head_dim**-0.5, rope(kv[0], position), kv[1]
+        if cache is not None:  # decoding: write the new keys and values, then look at all of them
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1) for old, new in zip(cache, (k, v)))
+        y = attention(q, k, v, mask)
+        out = Einsum((c.heads, c.head_dim, c.width), ("heads", None, "embed"), fan_in((0, 1), 2), name="attn_vec_einsum")("bthe,hed->btd", y)
+        return out, (k, v)
+
+
+class _Mlp(nn.Module):
+    cfg: VLAConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.cfg.language
+        gating = self.param("gating_einsum", weight(fan_in(1, 2), None, "embed", "mlp"), (2, c.width, c.mlp))
+        linear = self.param("linear", weight(fan_in(0, 1), "mlp", "embed"), (c.mlp, c.width))
+        gate, up = (x @ w.astype(x.dtype) for w in gating)
+        return (jax.nn.gelu(gate, approximate=True) * up) @ linear.astype(x.dtype)
+
+
+class _Block(nn.Module):
+    cfg: VLAConfig
+    keep_kv: bool = False
+
+    @nn.compact
+    def __call__(self, x, cache, position, mask, slot):
+        y, kv = _Attention(self.cfg, name="attn")(RMSNorm(name="pre_attention_norm")(x), cache, position, mask, slot)
+        x = x + y
+        x = x + _Mlp(self.cfg, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
+        return x, kv if self.keep_kv else None
+
+
+class Embedder(nn.Module):
+    """Token embedding, shared with the output: kept apart from the decoder so that the loss can use it in chunks."""
+
+    cfg: VLAConfig
+
+    @nn.compact
+    def __call__(self, tokens):
+        c = self.cfg
+        init = nn.initializers.normal(c.language.width**-0.5)
+        table = self.param("input_embedding", weight(init, "vocab", "embed"), (c.vocab, c.language.width))
+        return table[tokens].astype(jnp.dtype(c.dtype)) * jnp.asarray(c.language.width**0.5, c.dtype)
+
+
+class Decoder(nn.Module):
+    """[b n d] embeddings -> [b n d] hidden states after the final norm, and keys and values per layer if `keep_kv`.
+
+    position i32[b n], mask bool[b n s]; cache: (k, v) each [layers b s kv hd], written at `slot`.
+    """
+
+    cfg: VLAConfig
+    keep_kv: bool = False
+
+    def setup(self):
+        self.embedder = Embedder(self.cfg)
+        layers = stack(_Block, self.cfg.language.depth, self.cfg.remat, in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))
+        self.layers = layers(self.cfg, self.keep_kv)
+        self.final_norm = RMSNorm()
+
+    def embed(self, tokens):
+        return self.embedder(tokens)
+
+    def __call__(self, x, position, mask, cache=None, slot=0):
+        x, kv = self.layers(x, cache, position, mask, slot)
+        return self.final_norm(x), kv

@@ -1,0 +1,92 @@
+"""Building blocks shared by encoder and decoder. Each weight states shape, initialiser and logical axes once, here or at its use."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_POLICIES = {"full": None, "dots": "dots_with_no_batch_dims_saveable"}
+
+
+def weight(init, *axes):
+    """An initialiser that carries the logical axes of what it makes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def fan_in(in_axis=-2, out_axis=-1):
+    return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis)
+
+
+def stack(block: type[nn.Module], depth: int, remat: str, *, in_axes, out_axes=0):
+    """`depth` copies of a block whose weights are stacked on axis 0 (logical axis "layers"), run by lax.scan."""
+    if remat != "none":
+        name = _POLICIES[remat]
+        block = nn.remat(block, policy=getattr(jax.checkpoint_policies, name) if name else None, prevent_cse=False)
+    return nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth, in_axes=in_axes, out_axes=out_axes,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), computed in float32 (Gemma)."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", weight(nn.initializers.zeros, "norm"), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+        return (x32 * (1 + scale)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation in float32, eps 1e-6 (SigLIP)."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", weight(nn.initializers.ones, "norm"), (x.shape[-1],))
+        bias = self.param("bias", weight(nn.initializers.zeros, "norm"), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - x32.mean(-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+        return (x32 * scale + bias).astype(x.dtype)
+
+
+class Einsum(nn.Module):
+    """A named weight `w` applied by an einsum; the accumulation is in float32."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, equation: str, x):
+        w = self.param("w", weight(self.init, *self.axes), self.shape)
+        return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def rope(x, position):
+    """Rotary embedding, split halves, base 1e4: x [b n heads head_dim], position i32[b n] (Su et al., 2021)."""
+    half = x.shape[-1] // 2
+    frequency = 1e4 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q, k, v, mask):
+    """q [b t heads hd] (already scaled), k and v [b s kv hd], mask bool[b t s] or None -> [b t heads hd].
+
+    Heads share keys and values in equal groups. Softmax in float32; a row without anything to see gets the mean of v,
+    which stays in padding and is never read.
+    """
+    b, t, heads, hd = q.shape
+    kv = k.shape[2]
+    q = q.reshape(b, t, kv, heads // kv, hd)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, heads, hd)

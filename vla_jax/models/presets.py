@@ -1,0 +1,74 @@
+"""Model sizes as data, and the one frozen description that every function of a model takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vla_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """SigLIP-style encoder (Zhai et al., 2023): pre-LN transformer over patches, learned positions, no class token."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    patch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """Gemma-style decoder (Gemma Team, 2024): RMSNorm, rotary positions, GeGLU, shared key/value heads."""
+
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+
+
+@dataclasses.dataclass(frozen=True)
+class VLAConfig:
+    vision: Vision
+    language: Language
+    vocab: int
+    image_size: int
+    state_dim: int  # width of the projected state; 0: no state input
+    dtype: str
+    remat: str
+
+    @property
+    def tokens_per_image(self) -> int:
+        return (self.image_size // self.vision.patch) ** 2
+
+
+PRESETS = {
+    "tiny": (Vision(32, 2, 2, 64, 16), Language(32, 2, 2, 1, 16, 64)),
+    "debug": (Vision(96, 2, 3, 256, 8), Language(128, 4, 4, 1, 32, 384)),
+    "300m": (Vision(384, 12, 6, 1536, 16), Language(1024, 18, 8, 1, 128, 4096)),
+    "3b": (Vision(1152, 27, 16, 4304, 14), Language(2048, 18, 8, 1, 256, 16384)),
+}
+DTYPES, REMAT = ("bfloat16", "float32"), ("none", "full", "dots")
+
+
+def tokens_per_image(preset: str, image_size: int) -> int:
+    """Raises: UserError for an unknown preset or an image size that its patch does not divide."""
+    if preset not in PRESETS:
+        raise UserError(f"model.preset is {preset!r}; there are: {', '.join(PRESETS)}")
+    patch = PRESETS[preset][0].patch
+    if image_size % patch or image_size < patch:
+        near = max(patch, round(image_size / patch) * patch)
+        raise UserError(f"data.image_size {image_size} is not a multiple of the patch size {patch} of preset {preset}. Nearest: {near}.")
+    return (image_size // patch) ** 2
+
+
+def resolve(preset: str, *, vocab: int, image_size: int, state_dim: int, dtype: str, remat: str) -> VLAConfig:
+    """vocab is rounded up to a multiple of 128, so that it divides over meshes and fills matrix tiles."""
+    tokens_per_image(preset, image_size)
+    if dtype not in DTYPES or remat not in REMAT:
+        raise UserError(f"model.dtype is {dtype!r} (allowed: {', '.join(DTYPES)}), model.remat is {remat!r} (allowed: {', '.join(REMAT)})")
+    vision, language = PRESETS[preset]
+    return VLAConfig(vision, language, -(-vocab // 128) * 128, image_size, state_dim, dtype, remat)

@@ -1,0 +1,111 @@
+"""The whole model as three functions of a frozen config: `init`, `apply`, `logical_axes`. Parameters are nested dicts."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vla_jax.models.decoder import Decoder
+from vla_jax.models.layers import fan_in, weight
+from vla_jax.models.presets import VLAConfig
+from vla_jax.models.vit import ImageEncoder
+from vla_jax.sharding import constrain
+from vla_jax.types import IMAGE, STATE
+
+
+class _State(nn.Module):
+    cfg: VLAConfig
+
+    @nn.compact
+    def __call__(self, state):
+        width = self.cfg.language.width
+        kernel = self.param("kernel", weight(fan_in(0, 1), None, "embed"), (self.cfg.state_dim, width))
+        bias = self.param("bias", weight(nn.initializers.zeros, "embed"), (width,))
+        return (state @ kernel + bias).astype(jnp.dtype(self.cfg.dtype))
+
+
+class _VLA(nn.Module):
+    cfg: VLAConfig
+    keep_kv: bool = False
+
+    def setup(self):
+        self.img = ImageEncoder(self.cfg)
+        self.llm = Decoder(self.cfg, self.keep_kv)
+        if self.cfg.state_dim:
+            self.state = _State(self.cfg)
+
+    def embed(self, images, tokens, segment, state):
+        """Puts image tokens and states where their placeholders stand: the i-th IMAGE of a row is the i-th image token."""
+        b, m = images.shape[:2]
+        x = self.llm.embed(jnp.maximum(tokens, 0))
+        encoded = self.img(images.reshape(b * m, *images.shape[2:]))
+        encoded = constrain(encoded.reshape(b, -1, encoded.shape[-1]), ("batch", None, None))
+        is_image = tokens == IMAGE
+        which = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, encoded.shape[1] - 1)
+        x = jnp.where(is_image[..., None], jnp.take_along_axis(encoded, which[..., None], axis=1), x)
+        if self.cfg.state_dim:
+            owner = jnp.maximum(segment - 1, 0)[..., None]
+            x = jnp.where((tokens == STATE)[..., None], jnp.take_along_axis(self.state(state), owner, axis=1), x)
+        return constrain(x, ("batch", None, None))
+
+    def hidden(self, images, tokens, segment, position, block, state):
+        x = self.embed(images, tokens, segment, state)
+        return self.llm(x, position, mask(segment, block))[0]
+
+    def prefill(self, images, tokens, segment, position, block, state):
+        """Hidden states, and keys and values of every layer: (k, v) each [layers b n kv hd]."""
+        x = self.embed(images, tokens, segment, state)
+        return self.llm(x, position, mask(segment, block))
+
+    def decode_step(self, token, position, visible, cache, slot):
+        """One generated token per row, i32[b]: writes the cache at `slot`, sees slots bool[b s]. -> (hidden [b d], cache)."""
+        x = self.llm.embed(token[:, None])
+        x, cache = self.llm(x, position[:, None], visible[:, None], cache, slot)
+        return x[:, 0], cache
+
+
+def mask(segment, block):
+    """bool[b n n]: a token sees the tokens of its own segment whose block is not above its own."""
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment > 0)[:, None, :]
+    return same & (block[:, None, :] <= block[:, :, None])
+
+
+def _inputs(cfg: VLAConfig):
+    """The smallest inputs that touch every parameter."""
+    one = jnp.zeros((1, 2), jnp.int32)
+    return jnp.zeros((1, 1, cfg.image_size, cfg.image_size, 3), jnp.uint8), one, one, one, one, jnp.zeros((1, 1, max(cfg.state_dim, 1)))
+
+
+def init(cfg: VLAConfig, key) -> dict:
+    """Parameters, f32, as a nested dict. Pure: jit it with output shardings to create them where they belong."""
+    boxed = _VLA(cfg).init(key, *_inputs(cfg), method=_VLA.hidden)["params"]
+    return nn.unbox(boxed)
+
+
+def logical_axes(cfg: VLAConfig) -> dict:
+    """The tree of `init` with a tuple of logical axis names (or None) for each leaf."""
+    boxed = jax.eval_shape(lambda k: _VLA(cfg).init(k, *_inputs(cfg), method=_VLA.hidden)["params"], jax.random.key(0))
+    return jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def apply(cfg: VLAConfig, params: dict, batch):
+    """types.Batch -> hidden states [b n d] after the final norm. Logits are `hidden @ embedding(params).T`."""
+    args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state)
+    return _VLA(cfg).apply({"params": params}, *args, method=_VLA.hidden)
+
+
+def embedding(params: dict):
+    """The tied input and output embedding, f32[vocab d]."""
+    return params["llm"]["embedder"]["input_embedding"]
+
+
+def prefill(cfg: VLAConfig, params: dict, batch):
+    """Like `apply`, with the cache for `decode_step`: (k, v) each [layers b n kv hd]."""
+    args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state)
+    return _VLA(cfg, keep_kv=True).apply({"params": params}, *args, method=_VLA.prefill)
+
+
+def decode_step(cfg: VLAConfig, params: dict, token, position, visible, cache, slot):
+    """See `_VLA.decode_step`."""
+    return _VLA(cfg, keep_kv=True).apply({"params": params}, token, position, visible, cache, slot, method=_VLA.decode_step)

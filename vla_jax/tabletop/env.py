@@ -1,0 +1,96 @@
+"""The closed loop: reset to a seeded scene, act, observe.
+
+    env = TabletopEnv("tabletop_arm")
+    obs = env.reset(EVAL_SEED + 7)
+    while not env.success and env.steps < ROBOTS["tabletop_arm"].max_steps:
+        obs = env.step(policy(obs))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vla_jax.tabletop import expert, render, world
+from vla_jax.tabletop.robots import GRIPPER_RATE, ROBOTS, on_table
+
+__all__ = ["EVAL_SEED", "IMAGE_SIZE", "ROBOTS", "TabletopEnv"]
+
+IMAGE_SIZE = 48
+EVAL_SEED = 10_000_000  # recorded episodes use seeds below; an evaluation that starts here sees only new scenes
+
+
+class TabletopEnv:
+    """One robot at the table. Deterministic: the seed of `reset` and the actions decide everything.
+
+    An observation is {"images": {view: u8[48 48 3] RGB}, "state": f32[s], "prompt": str}; state and action are in
+    robot units, in the order of `ROBOTS[robot].state_dims` and `.action_dims`.
+    """
+
+    def __init__(self, robot: str):
+        if robot not in ROBOTS:
+            raise ValueError(f"no robot called {robot!r}; there are {', '.join(ROBOTS)}")
+        self.name, self.robot, self.steps = robot, ROBOTS[robot], 0
+        self._scene = None
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        """A new scene, instruction and start pose. Robots given the same seed get the same scene and instruction."""
+        home = np.array(self.robot.home)
+        self._scene, self._task = world.draw(np.random.default_rng([seed, 0]), len(home))
+        spread = np.random.default_rng([seed, 1]).uniform(-1.0, 1.0, home.shape) * self.robot.start_spread
+        self._q = self.robot.inverse(on_table(home + spread))
+        self.steps = 0
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> dict[str, Any]:
+        """Executes `action` f32[a] for 1 / control_hz seconds; motion beyond the robot's limits is cut to them.
+
+        The gripper number is a switch: above 0.5 the fingers open, else they close, at a fixed rate.
+        """
+        self._started()
+        names = self.robot.action_dims
+        action = np.asarray(action, np.float64)
+        if action.shape != (len(names),):
+            raise ValueError(f"{self.name}: expected an action of shape ({len(names)},) = {names}, got {action.shape}")
+        if not np.isfinite(action).all():
+            raise ValueError(f"{self.name}: expected finite numbers for {names}, got {action.tolist()}")
+        command = action.reshape(len(self._q), 3)
+        before = self.robot.forward(self._q)
+        self._q = self.robot.move(self._q, command[:, :2])
+        tools = self.robot.forward(self._q)
+        fingers = np.where(command[:, 2] > 0.5, 1.0, -1.0) * GRIPPER_RATE / self.robot.control_hz
+        opening = np.clip(self._scene.opening + fingers, 0.0, 1.0)
+        self._scene = world.advance(self._scene, tools, tools - before, opening)
+        self.steps += 1
+        return self._observe()
+
+    @property
+    def success(self) -> bool:
+        """Whether the named block lies at its goal, let go of, now."""
+        self._started()
+        return world.solved(self._scene, self._task)
+
+    def expert_action(self) -> np.ndarray:
+        """What the scripted expert would do now, f32[a]."""
+        self._started()
+        return expert.act(self.robot, self._q, self._scene, self._task)
+
+    def render(self, size: int = 192) -> np.ndarray:
+        """The base camera's picture, u8[size size 3], for people to look at."""
+        self._started()
+        return self._picture("base", size)
+
+    def _observe(self) -> dict[str, Any]:
+        state = np.concatenate([self._q, self._scene.opening[:, None]], -1).ravel().astype(np.float32)
+        images = {view: self._picture(view, IMAGE_SIZE) for view in self.robot.views}
+        return {"images": images, "state": state, "prompt": self._task.prompt}
+
+    def _picture(self, view: str, size: int) -> np.ndarray:
+        tools = self.robot.forward(self._q)
+        framing = {"centre": tools[0], "width": render.WRIST_WIDTH} if view == "wrist" else {}
+        return render.picture(self._scene, robot=self.name, q=self._q, tools=tools, size=size, **framing)
+
+    def _started(self) -> None:
+        if self._scene is None:
+            raise ValueError(f"{self.name}: call reset(seed) first")

@@ -1,0 +1,109 @@
+"""The scene, the instruction, and what the tools do to the blocks.
+
+Metres, in the base frame: the table is 0.6 x 0.6, its centre is the origin, x points right and y up in every image, so
+"left of the bowl" is towards -x. There is no contact physics: blocks neither collide nor slide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+TABLE = 0.60
+BLOCK = 0.064
+BOWL_RADIUS = 0.052
+REACH_LIMIT = 0.28  # a tool stays within +- this in x and y
+GRASP_REACH = 0.06  # a tool that closes this near to a block's centre takes it
+GOAL_OFFSET = 0.16  # the goal lies this far left or right of the bowl
+GOAL_RADIUS = 0.08  # and counts as reached within this
+HOLDING = 0.5  # opening at which a tool's fingers touch the block between them
+COLOURS = ("red", "green", "blue")
+SIDES = ("left", "right")
+PHRASES = (
+    "move the {colour} block {side} of the bowl",
+    "put the {colour} block to the {side} of the bowl",
+    "place the {colour} block on the {side} side of the bowl",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Which block goes to which side, and the words that say so. `block` indexes `Scene.blocks`."""
+
+    block: int
+    side: str
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Where things are, and what each of the robot's `t` tools holds.
+
+    bowl f64[2]; blocks f64[2 2] (two blocks' centres) with their colours; opening f64[t] in [0, 1], 1 = open,
+    0 = closed on nothing; held i64[t], the index of the block in each tool, -1 = none.
+    """
+
+    bowl: np.ndarray
+    blocks: np.ndarray
+    colours: tuple[str, str]
+    opening: np.ndarray
+    held: np.ndarray
+
+
+def draw(rng: np.random.Generator, tools: int) -> tuple[Scene, Task]:
+    """A scene that no instruction finds solved already: both goals are free of both blocks.
+
+    So the instruction alone decides between four outcomes, and a policy deaf to language succeeds in a quarter at most.
+    """
+    while True:
+        bowl = rng.uniform([-0.07, -0.15], [0.07, 0.15])
+        blocks = rng.uniform(-0.23, 0.23, [2, 2])
+        goals = np.stack([goal_of(bowl, side) for side in SIDES])
+        clear = (
+            np.linalg.norm(blocks[:, None] - goals, axis=-1).min() > 0.13
+            and np.linalg.norm(blocks - bowl, axis=-1).min() > 0.11
+            and np.linalg.norm(blocks[0] - blocks[1]) > 0.13
+            and np.abs(blocks[:, 0]).min() > 0.04  # which of two arms is nearer must be plain to see
+        )
+        if clear:
+            break
+    first, second = rng.permutation(3)[:2]
+    block, side = int(rng.integers(2)), SIDES[rng.integers(2)]
+    colours = (COLOURS[first], COLOURS[second])
+    prompt = PHRASES[rng.integers(len(PHRASES))].format(colour=colours[block], side=side)
+    scene = Scene(bowl, blocks, colours, opening=np.ones(tools), held=np.full(tools, -1))
+    return scene, Task(block, side, prompt)
+
+
+def goal_of(bowl: np.ndarray, side: str) -> np.ndarray:
+    """The point f64[2] that "{side} of the bowl" names."""
+    return bowl + [-GOAL_OFFSET if side == "left" else GOAL_OFFSET, 0.0]
+
+
+def solved(scene: Scene, task: Task) -> bool:
+    """The named block lies at its goal and no tool holds it."""
+    away = np.linalg.norm(scene.blocks[task.block] - goal_of(scene.bowl, task.side))
+    return bool(away <= GOAL_RADIUS and task.block not in scene.held)
+
+
+def advance(scene: Scene, tools: np.ndarray, moved: np.ndarray, opening: np.ndarray) -> Scene:
+    """The scene after the tools, now at `tools` f64[t 2], moved by `moved` f64[t 2] and reached for `opening` f64[t].
+
+    Held blocks ride along. A tool takes the nearest free block within reach at the moment its opening passes
+    `HOLDING` on the way down, and lets go when it passes it on the way up.
+    """
+    blocks, held, opening = scene.blocks.copy(), scene.held.copy(), opening.copy()
+    for i in range(len(tools)):
+        if held[i] >= 0:
+            blocks[held[i]] = np.clip(blocks[held[i]] + moved[i], -TABLE / 2, TABLE / 2)
+            if opening[i] > HOLDING:
+                held[i] = -1
+            else:
+                opening[i] = HOLDING  # the block stops the fingers
+        elif opening[i] <= HOLDING < scene.opening[i]:
+            away = np.linalg.norm(blocks - tools[i], axis=-1)
+            away[[block for block in held if block >= 0]] = np.inf  # the other arm has that one
+            if away.min() <= GRASP_REACH:
+                held[i], opening[i] = away.argmin(), HOLDING
+    return dataclasses.replace(scene, blocks=blocks, opening=opening, held=held)

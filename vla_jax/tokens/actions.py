@@ -1,0 +1,197 @@
+"""FAST action tokens: a chunk's discrete cosine transform, rounded, then byte-pair encoded. Numpy only.
+
+Source: Pertsch et al., "FAST: Efficient Action Tokenization for Vision-Language-Action Models", 2025. The number of
+steps and dimensions is passed at each call, never remembered, so one tokenizer serves robots of any shape.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from vla_jax.types import UserError
+
+FORMAT = "vla_jax.fast.1"
+
+
+@functools.lru_cache(maxsize=64)
+def dct_matrix(k: int) -> np.ndarray:
+    """The orthonormal DCT-II as f64[k k]: coefficients = matrix @ signal; its transpose inverts it."""
+    n = np.arange(k)
+    matrix = np.cos(np.pi * (2 * n[None] + 1) * n[:, None] / (2 * k)) * np.sqrt(2 / k)
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class FastTokenizer:
+    """Ids 0..(max_coef - min_coef) are single coefficients; id `alphabet + i` is the i-th merge of two earlier ids.
+
+    merges: pairs in the order they were learned. Coefficients beyond the fitted range are clamped to it.
+    """
+
+    scale: float
+    min_coef: int
+    max_coef: int
+    merges: tuple[tuple[int, int], ...]
+
+    @property
+    def alphabet(self) -> int:
+        return self.max_coef - self.min_coef + 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self.alphabet + len(self.merges)
+
+    @functools.cached_property
+    def _ranks(self) -> dict[tuple[int, int], int]:
+        return {pair: self.alphabet + i for i, pair in enumerate(self.merges)}
+
+    @functools.cached_property
+    def _expanded(self) -> tuple[tuple[int, ...], ...]:
+        """What each id stands for, as coefficients minus min_coef."""
+        out: list[tuple[int, ...]] = [(i,) for i in range(self.alphabet)]
+        for left, right in self.merges:
+            out.append(out[left] + out[right])
+        return tuple(out)
+
+    def coefficients(self, chunk: np.ndarray) -> np.ndarray:
+        """f32[k a] -> i64[k*a], frequency-major, not yet clamped. Raises: ValueError for NaN or a wrong rank."""
+        chunk = np.asarray(chunk, np.float64)
+        if chunk.ndim != 2 or not np.isfinite(chunk).all():
+            raise ValueError(f"an action chunk must be finite numbers [steps dims], got shape {chunk.shape}")
+        return np.rint(self.scale * (dct_matrix(len(chunk)) @ chunk)).astype(np.int64).reshape(-1)
+
+    def clamped(self, chunk: np.ndarray) -> float:
+        """Fraction of a chunk's coefficients outside the fitted range."""
+        c = self.coefficients(chunk)
+        return float(np.mean((c < self.min_coef) | (c > self.max_coef)))
+
+    def encode(self, chunk: np.ndarray) -> np.ndarray:
+        """f32[k a] in [-1, 1] -> i32[t]."""
+        c = np.clip(self.coefficients(chunk), self.min_coef, self.max_coef) - self.min_coef
+        return np.array(_merge(c.tolist(), self._ranks), np.int32)
+
+    def decode(self, ids: np.ndarray, *, steps: int, dims: int) -> tuple[np.ndarray, bool]:
+        """i32[t] -> (f32[steps dims], valid). A sequence of another length is cut or filled with zero coefficients
+        to the nearest valid one and reported by `valid` = False; unknown ids are passed over, likewise."""
+        symbols: list[int] = []
+        valid = True
+        for i in np.asarray(ids, np.int64).tolist():
+            if 0 <= i < self.vocab_size:
+                symbols.extend(self._expanded[i])
+            else:
+                valid = False
+        want = steps * dims
+        valid = valid and len(symbols) == want
+        c = np.zeros(want, np.float64)
+        c[: len(symbols[:want])] = np.array(symbols[:want], np.float64) + self.min_coef
+        return (dct_matrix(steps).T @ (c.reshape(steps, dims) / self.scale)).astype(np.float32), valid
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """i32[vocab_size]: how many coefficients each id stands for."""
+        return np.array([len(e) for e in self._expanded], np.int32)
+
+    def to_json(self) -> dict:
+        body = {"format": FORMAT, "scale": self.scale, "min_coef": self.min_coef, "max_coef": self.max_coef, "merges": [list(m) for m in self.merges]}
+        return {**body, "digest": _digest(body)}
+
+
+def from_json(values: dict, *, where: str = "action tokenizer") -> FastTokenizer:
+    """Raises: UserError when the format, the digest or the merges are not right."""
+    body = {k: v for k, v in values.items() if k != "digest"}
+    if body.get("format") != FORMAT:
+        raise UserError(f"{where} has format {body.get('format')!r}, expected {FORMAT!r}")
+    if values.get("digest") != _digest(body):
+        raise UserError(f"{where} is damaged: its digest does not match its content. Fit it again with `vla-jax tokens fit`.")
+    merges = tuple((int(a), int(b)) for a, b in body["merges"])
+    alphabet = body["max_coef"] - body["min_coef"] + 1
+    if any(not (0 <= a < alphabet + i and 0 <= b < alphabet + i) for i, (a, b) in enumerate(merges)):
+        raise UserError(f"{where}: a merge refers to an id that does not exist yet")
+    return FastTokenizer(float(body["scale"]), int(body["min_coef"]), int(body["max_coef"]), merges)
+
+
+def load(path: str | Path) -> FastTokenizer:
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"action tokenizer {path} cannot be read: {e}") from e
+    return from_json(values, where=str(path))
+
+
+def _digest(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _merge(ids: list[int], ranks: dict[tuple[int, int], int]) -> list[int]:
+    """Byte-pair encoding: the earliest learned pair first, everywhere, left to right, until none is left."""
+    while len(ids) > 1:
+        best = min((ranks[p] for p in zip(ids, ids[1:]) if p in ranks), default=-1)
+        if best < 0:
+            return ids
+        out, i = [], 0
+        while i < len(ids):
+            if i + 1 < len(ids) and ranks.get((ids[i], ids[i + 1])) == best:
+                out.append(best)
+                i += 2
+            else:
+                out.append(ids[i])
+                i += 1
+        ids = out
+    return ids
+
+
+def fit(chunks, *, vocab_size: int, scale: float, margin: int = 2) -> FastTokenizer:
+    """Learns range and merges from normalised chunks, f32[k a] each (any k and a).
+
+    margin: coefficients by which the range is widened on both sides, so that held-out data is seldom clamped.
+    Raises: UserError when the range alone needs more ids than `vocab_size`.
+    """
+    probe = FastTokenizer(scale, 0, 0, ())
+    rows = [probe.coefficients(c) for c in chunks]
+    if not rows:
+        raise UserError("no action chunks to fit a tokenizer on")
+    low, high = min(int(r.min()) for r in rows) - margin, max(int(r.max()) for r in rows) + margin
+    alphabet = high - low + 1
+    if alphabet > vocab_size:
+        raise UserError(f"action_vocab {vocab_size} is below the {alphabet} coefficients in use at scale {scale:g}. Raise tokens.action_vocab or lower tokens.action_scale.")
+    counts = collections.Counter(tuple((r - low).tolist()) for r in rows)
+    return FastTokenizer(scale, low, high, tuple(_learn(counts, alphabet, vocab_size)))
+
+
+def _learn(counts: collections.Counter, alphabet: int, vocab_size: int) -> list[tuple[int, int]]:
+    """Classic byte-pair training on the concatenated corpus; ties go to the smallest pair, so it is deterministic."""
+    stop = np.int64(-1)  # between sequences: no merge crosses it
+    corpus = np.concatenate([np.concatenate([np.array(s, np.int64), [stop]]) for s in sorted(counts)])
+    weight = np.concatenate([np.full(len(s) + 1, n, np.int64) for s, n in sorted(counts.items())])
+    merges: list[tuple[int, int]] = []
+    while alphabet + len(merges) < vocab_size:
+        left, right = corpus[:-1], corpus[1:]
+        real = (left >= 0) & (right >= 0)
+        code = (left * vocab_size + right)[real]
+        if not code.size:
+            break
+        total = np.bincount(code, weights=weight[:-1][real])
+        best = int(total.argmax())
+        if total[best] < 2:
+            break
+        pair = divmod(best, vocab_size)
+        hit = np.flatnonzero((left == pair[0]) & (right == pair[1]))
+        if pair[0] == pair[1]:  # in a run x x x only every other start merges
+            run = np.cumsum(np.concatenate([[0], np.diff(hit) != 1]))
+            first = hit[np.searchsorted(run, run, side="left")]
+            hit = hit[(hit - first) % 2 == 0]
+        new = alphabet + len(merges)
+        merges.append((int(pair[0]), int(pair[1])))
+        corpus[hit] = new
+        keep = np.ones(len(corpus), bool)
+        keep[hit + 1] = False
+        corpus, weight = corpus[keep], weight[keep]
+    return merges

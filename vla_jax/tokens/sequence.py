@@ -1,0 +1,80 @@
+"""The token sequence of one sample: images, state, prompt (all see each other), then action tokens (causal)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from vla_jax.tokens.actions import FastTokenizer
+from vla_jax.tokens.text import TextTokenizer
+from vla_jax.types import IMAGE, STATE
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One sample's tokens i32[n], block i32[n] (0 = prefix, then 1, 2, ..), target i32[n], loss_weight f32[n].
+
+    `target[i]` is the id that follows position i; the last prefix position predicts the first action token. The weights
+    of a sample sum to one, so that a robot with long chunks does not outweigh one with short ones (as in openpi).
+    """
+
+    tokens: np.ndarray
+    block: np.ndarray
+    target: np.ndarray
+    loss_weight: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def targets(self) -> int:
+        return int((self.loss_weight > 0).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Layout `native`: the prompt says which robot acts and how often, and action ids have a range of their own behind
+    the text vocabulary: id of action token t = text.vocab_size + t; the sequence ends with the text's EOS."""
+
+    text: TextTokenizer
+    action: FastTokenizer
+    tokens_per_image: int
+    state: bool
+
+    @property
+    def action_offset(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use."""
+        return self.text.vocab_size + self.action.vocab_size
+
+    def prompt(self, robot: str, control_hz: float, instruction: str) -> str:
+        task = " ".join(instruction.strip().lower().replace("_", " ").split())
+        return f"{robot}, {control_hz:g} Hz: {task}\n"
+
+    def prefix(self, *, images: int, prompt: str) -> np.ndarray:
+        """i32[n] of the part that is given when acting."""
+        image = np.full(images * self.tokens_per_image, IMAGE, np.int32)
+        state = [STATE] if self.state else []
+        return np.concatenate([image, np.array([*state, self.text.bos, *self.text.encode(prompt)], np.int32)])
+
+    def build(self, *, images: int, prompt: str, chunk: np.ndarray) -> Sequence:
+        """chunk: normalised actions f32[k a]."""
+        prefix = self.prefix(images=images, prompt=prompt)
+        postfix = np.concatenate([self.action.encode(chunk) + self.action_offset, [self.text.eos]]).astype(np.int32)
+        tokens = np.concatenate([prefix, postfix])
+        block = np.concatenate([np.zeros(len(prefix), np.int32), np.arange(1, len(postfix) + 1, dtype=np.int32)])
+        target, weight = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
+        at = slice(len(prefix) - 1, len(tokens) - 1)
+        target[at], weight[at] = postfix, 1 / len(postfix)
+        return Sequence(tokens, block, target, weight)
+
+    def action_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Generated ids i32[t] -> the action tokens before the first EOS, for `FastTokenizer.decode`."""
+        ids = np.asarray(ids)
+        end = np.flatnonzero(ids == self.text.eos)
+        return ids[: end[0] if end.size else len(ids)] - self.action_offset

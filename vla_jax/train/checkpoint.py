@@ -1,0 +1,93 @@
+"""Checkpoints: everything a run needs to go on, and everything a policy needs to act, in one Orbax step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vla_jax import config as configs
+from vla_jax.types import TrainState, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What lies beside the arrays, all JSON: config, cards (raw), statistics, tokenizers, stream state, model digest."""
+
+    config: dict
+    digest: str
+    mixture: str
+    cards: list[dict]
+    stats: list[dict]
+    action_tokenizer: dict
+    text_model: str  # base64
+    vocab: int
+    state_dim: int
+    stream: list[list[int]]
+
+
+class Checkpointer:
+    """Saves and restores the steps of one run below `workdir/checkpoints`. Saving is asynchronous; close() waits."""
+
+    def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
+        self.path = Path(workdir).expanduser().resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "meta"))
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, meta: Meta) -> None:
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(dataclasses.asdict(meta)))
+        self._manager.save(step, args=args, force=True)
+
+    def meta(self, step: int) -> Meta:
+        """Raises: UserError when the step is not there or was written by something else."""
+        if step not in self._manager.all_steps():
+            raise UserError(f"no checkpoint of step {step} in {self.path}; there are: {self.steps() or 'none'}")
+        try:
+            return Meta(**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        except (TypeError, KeyError, FileNotFoundError, ValueError) as e:
+            raise UserError(f"{self.path}/{step} is no checkpoint of vla_jax ({type(e).__name__}: {e})") from e
+
+    def restore(self, step: int, abstract: TrainState, where: TrainState) -> TrainState:
+        """The state of a step, each shard read to the device that holds it. Raises: UserError when shapes differ."""
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _tree(abstract), _tree(where))
+        try:
+            tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        except (ValueError, KeyError) as e:
+            raise UserError(f"the checkpoint {self.path}/{step} belongs to another model: {str(e).splitlines()[0]}. Use another --workdir.") from e
+        return TrainState(**tree)
+
+    def params(self, step: int) -> dict:
+        """All parameters (EMA where one is kept) as host arrays: for export."""
+        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+        return jax.tree.map(np.asarray, tree.get("ema") or tree["params"])
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _tree(state: TrainState) -> dict:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def check_same_run(meta: Meta, config: configs.Config, where: Path, fingerprint: str) -> None:
+    """Raises: UserError when the folder holds a run with another config or another mixture."""
+    old = configs.from_dict(json.loads(json.dumps(meta.config)), where=str(where))
+    if old.digest() != config.digest():
+        a, b = configs.flatten(dataclasses.asdict(old)), configs.flatten(dataclasses.asdict(config))
+        changed = [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
+        raise UserError(f"{where} holds a run with another config ({'; '.join(changed[:6])}). Use another --workdir, or the same config.")
+    if meta.mixture != fingerprint and not config.train.allow_new_mixture:
+        raise UserError(f"the data changed since {where} was written (mixture {meta.mixture} -> {fingerprint}). Set --config.train.allow_new_mixture=true to go on with the new data from its start.")

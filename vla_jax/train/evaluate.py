@@ -1,0 +1,99 @@
+"""Offline evaluation on held-out episodes: token loss and accuracy, and action error in robot units, per dataset."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from vla_jax import distributed
+from vla_jax.config import Config
+from vla_jax.data import feed, sample
+from vla_jax.data.source import Source
+from vla_jax.data.stream import Stream
+from vla_jax.models.act import Actor, Request
+from vla_jax.models.presets import VLAConfig
+
+
+def token_metrics(config: Config, source: Source, eval_step, params, mesh, *, batches: int) -> dict[str, dict[str, float]]:
+    """Over the same first `batches` held-out batches each time: {dataset: {nll, accuracy, targets}}; nll in nats a token."""
+    total = None
+    with Stream(source, process=distributed.process_index(), processes=distributed.process_count()) as stream:
+        for _, (batch, _) in zip(range(batches), stream):
+            sums = jax.tree.map(np.asarray, eval_step(params, feed.to_device(batch, mesh)))
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return summarise(total, source.names)
+
+
+def summarise(sums: dict, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """losses.per_dataset's sums -> {dataset: {nll, accuracy, targets}}, of datasets that occurred."""
+    out = {}
+    for i, name in enumerate(names):
+        count = float(sums["targets"][i])
+        if count:
+            out[name] = {"nll": float(sums["nll_sum"][i]) / count, "accuracy": float(sums["correct"][i]) / count, "targets": int(count)}
+    return out
+
+
+def action_unigram_entropy(source: Source, *, chunks: int = 4096) -> dict[str, float]:
+    """Entropy (nats a token) of the training targets' unigram distribution, per dataset: what a model that ignores its
+    input can reach at best."""
+    out = {}
+    for d, name in enumerate(source.names):
+        frames = source.frames[d]
+        picked = frames[:: max(1, len(frames) // chunks)]
+        ids = np.concatenate([[*source.layout.action.encode(source.chunk(d, int(f))[0]), -1] for f in picked])
+        p = np.unique(ids, return_counts=True)[1] / len(ids)
+        out[name] = float(-(p * np.log(p)).sum())
+    return out
+
+
+def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, batch: int = 32) -> dict[str, dict]:
+    """Mean absolute error of generated chunks on evenly spaced frames of `source` (held out), in robot units.
+
+    {dataset: {"mae": {unit: error}, "baseline": {unit: error of always giving the mean training action}, "valid": share
+    of well-formed chunks, "example": (recorded f32[k a], predicted f32[k a])}}. Steps past an episode's end do not count.
+    """
+    actor = Actor(cfg, source.layout, params)
+    reader = sample.ShardReader()
+    out = {}
+    for d, index in enumerate(source.indexes):
+        picked = source.frames[d][np.unique(np.linspace(0, len(source.frames[d]) - 1, frames).astype(int))]
+        errors, baseline, valid, example = [], [], [], None
+        for at in range(0, len(picked), batch):
+            samples = [_sample(source, d, int(f), reader) for f in picked[at : at + batch]]
+            for s, (chunk, ok) in zip(samples, actor([request(source, d, s) for s in samples])):
+                predicted = source.normalizers[d]["action"].denormalize(chunk)
+                keep = s.action_mask
+                errors.append(np.abs(predicted - s.actions)[keep])
+                baseline.append(np.abs(source.statistics[d]["action"].mean - s.actions)[keep])
+                valid.append(ok)
+                if example is None or (ok and keep.all()):
+                    example = (s.actions, predicted)
+        out[index.card.name] = {
+            "mae": _by_unit(errors, index.card.action.dims), "baseline": _by_unit(baseline, index.card.action.dims),
+            "valid": float(np.mean(valid)), "example": example,
+        }
+    reader.close()
+    return out
+
+
+def request(source: Source, dataset: int, s) -> Request:
+    """A sample's observation, as the actor takes it."""
+    card = source.indexes[dataset].card
+    return Request(
+        list(s.images.values()), source.normalizers[dataset]["state"].normalize(s.state),
+        source.layout.prompt(card.name, card.control_hz, s.prompt), len(s.actions), s.actions.shape[1],
+    )
+
+
+def _sample(source: Source, dataset: int, frame: int, reader):
+    c = source.config.data
+    return sample.make(
+        source.indexes[dataset], frame, steps=source.steps(dataset), dataset=dataset, sample_id=0, size=c.image_size, wanted=c.views, reader=reader
+    )
+
+
+def _by_unit(errors: list[np.ndarray], dims) -> dict[str, float]:
+    mean = np.concatenate(errors).mean(axis=0)
+    units = [d.unit if d.kind != "binary" else "gripper" for d in dims]
+    return {u: float(np.mean([e for e, unit in zip(mean, units) if unit == u])) for u in dict.fromkeys(units)}

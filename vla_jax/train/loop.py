@@ -1,0 +1,121 @@
+"""A whole run on one page, in the order of time."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vla_jax import distributed, sharding
+from vla_jax.config import Config
+from vla_jax.data import feed, stats
+from vla_jax.data.source import Source, open_source
+from vla_jax.data.stream import Stream, initial_state
+from vla_jax.models import presets
+from vla_jax.models.presets import VLAConfig
+from vla_jax.train import checkpoint, evaluate, metrics, optim, state, step
+from vla_jax.train.checkpoint import Checkpointer, Meta
+from vla_jax.types import TrainState, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of, before its first step."""
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    source: Source
+    cfg: VLAConfig
+
+
+def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Run:
+    """Opens everything and checks that it fits together. Raises: UserError, before a parameter is created."""
+    workdir = Path(workdir).expanduser()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
+    sharding.check_batch(config.pack.rows, mesh, where=where)
+    if config.tokens.state not in ("continuous", "none"):
+        raise UserError(f"tokens.state is {config.tokens.state!r}; allowed: continuous, none")
+    patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
+    source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json")
+    cfg = presets.resolve(
+        config.model.preset, vocab=source.layout.vocab_size, image_size=config.data.image_size,
+        state_dim=source.shape[2] if source.layout.state else 0, dtype=config.model.dtype, remat=config.model.remat,
+    )
+    distributed.agree("config", config.digest())
+    distributed.agree("data", source.fingerprint())
+    return Run(config, workdir, mesh, source, cfg)
+
+
+def train(run: Run, *, quiet: bool = False) -> TrainState:
+    """Trains from the newest checkpoint in the workdir, or from the start, to `train.steps`; returns the final state."""
+    config, t, names = run.config, run.config.train, run.source.names
+    tx = optim.make(t)
+    with_ema = t.ema > 0
+    abstract, where = state.shardings(run.cfg, tx, run.mesh, with_ema=with_ema)
+    checkpoints = Checkpointer(run.workdir, keep=t.keep)
+    first, flow = checkpoints.latest() or 0, initial_state(config)
+    if first:
+        meta = checkpoints.meta(first)
+        checkpoint.check_same_run(meta, config, checkpoints.path, run.source.fingerprint())
+        current = checkpoints.restore(first, abstract, where)
+        flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
+    else:
+        current = state.create(run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema)
+    if first >= t.steps:
+        if distributed.is_main() and not quiet:
+            print(f"already done: {run.workdir} is at step {first} of {t.steps}")
+        checkpoints.close()
+        return current
+
+    train_step = step.make_train_step(config, run.cfg, tx, run.mesh, where, datasets=len(names))
+    eval_step = step.make_eval_step(config, run.cfg, run.mesh, where.params, datasets=len(names))
+    held_out = run.source.held_out() if config.data.holdout > 0 else None
+    share = len(flow) // distributed.process_count()
+    mine = flow[distributed.process_index() * share :][:share]
+    stream = Stream(run.source, process=distributed.process_index(), processes=distributed.process_count(), state=mine)
+    with jax.set_mesh(run.mesh), stream, metrics.Writer(run.workdir, first=first, last=t.steps, quiet=quiet) as writer:
+        since, waited, at = time.perf_counter(), 0.0, first
+        for now in range(first + 1, t.steps + 1):
+            before = time.perf_counter()
+            batch, after = next(stream)
+            waited += time.perf_counter() - before
+            current, measured = train_step(current, feed.to_device(batch, run.mesh))
+            writer.progress(now)
+            if now % t.log_every == 0 or now == t.steps:
+                values = _readable(measured, names)
+                elapsed, steps = time.perf_counter() - since, now - at
+                values |= {"step_s": elapsed / steps, "data_wait_share": waited / elapsed, "slots_used": values["tokens"] / (config.pack.rows * config.pack.length)}
+                values |= {"skipped": {f"{d}: {why}": n for (d, why), n in stream.skipped.items()}}
+                writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}")
+                since, waited, at = time.perf_counter(), 0.0, now
+            if held_out and (now == t.steps or (t.eval_every and now % t.eval_every == 0)):
+                found = evaluate.token_metrics(config, held_out, eval_step, current.params, run.mesh, batches=t.eval_batches)
+                writer.log(now, {"eval": found})
+            if now % t.save_every == 0 or now == t.steps:  # before the next batch is taken
+                checkpoints.save(now, current, _meta(run, feed.gather_states(after)))
+    checkpoints.close()
+    return current
+
+
+def _readable(measured: dict, names: tuple[str, ...]) -> dict:
+    """Device scalars -> floats, and the sums by dataset -> means by name."""
+    host = jax.tree.map(np.asarray, measured)
+    sums = host.pop("datasets")
+    return {**{k: float(v) for k, v in host.items()}, "dataset": evaluate.summarise(sums, names)}
+
+
+def _meta(run: Run, flow: np.ndarray) -> Meta:
+    source = run.source
+    return Meta(
+        config=json.loads(json.dumps(dataclasses.asdict(run.config))), digest=run.config.digest(), mixture=source.fingerprint(),
+        cards=[json.loads(json.dumps(dataclasses.asdict(ix.card))) for ix in source.indexes],
+        stats=[stats.to_json(s) for s in source.statistics], action_tokenizer=source.layout.action.to_json(),
+        text_model=base64.b64encode(source.layout.text.model).decode(), vocab=source.layout.vocab_size,
+        state_dim=run.cfg.state_dim, stream=flow.tolist(),
+    )

@@ -1,0 +1,47 @@
+"""Cross-entropy on the positions that have a target, in chunks: never logits of a whole sequence over the vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 512  # positions whose logits exist at one time, per row block
+
+
+def token_loss(hidden, table, target, weight, *, targets: int) -> dict:
+    """hidden [b n d], table f32[v d], target i32[b n], weight f32[b n] -> per-position arrays over the targets.
+
+    targets: positions with weight > 0 in a row, at most (the packer's limit). Returns {"nll", "correct", "weight",
+    "position"}, each [b targets]; slots without a target have weight 0. Log-softmax in float32.
+    """
+    weight, position = jax.lax.top_k(weight, targets)
+    h = jnp.take_along_axis(hidden, position[..., None], axis=1)
+    labels = jnp.take_along_axis(target, position, axis=1)
+    size = min(CHUNK, targets)
+    pad = -targets % size
+    split = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+
+    @jax.checkpoint  # logits are made again in the backward pass instead of being kept
+    def chunk(args):
+        h, labels = args
+        logits = jnp.einsum("btd,vd->btv", h, table.astype(h.dtype), preferred_element_type=jnp.float32)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return nll, jnp.argmax(logits, axis=-1) == labels
+
+    nll, correct = jax.lax.map(chunk, (split(h), split(labels)))
+    join = lambda x: x.swapaxes(0, 1).reshape(len(h), -1)[:, :targets]  # noqa: E731
+    return {"nll": join(nll), "correct": join(correct), "weight": weight, "position": position}
+
+
+def per_dataset(loss: dict, segment, dataset, count: int) -> dict:
+    """Sums by dataset, f32[count] each: weighted nll, weight, unweighted nll, correct predictions and targets."""
+    owner = jnp.take_along_axis(segment, loss["position"], axis=1) - 1
+    of = jnp.take_along_axis(dataset, jnp.maximum(owner, 0), axis=1)
+    real = (loss["weight"] > 0).astype(jnp.float32)
+    onehot = jax.nn.one_hot(jnp.where(real > 0, of, -1), count)
+    total = lambda x: jnp.einsum("bt,btc->c", x, onehot)  # noqa: E731
+    return {
+        "loss_sum": total(loss["nll"] * loss["weight"]), "weight": total(loss["weight"]),
+        "nll_sum": total(loss["nll"] * real), "correct": total(loss["correct"] * real), "targets": total(real),
+    }

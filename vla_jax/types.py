@@ -1,0 +1,116 @@
+"""The types that cross a room's door, and the one exception whose message is meant for the user.
+
+Letters used in shapes throughout: `b` rows, `n` sequence, `g` samples (segments) in a row, `m` images in a row,
+`h w` pixels, `k` chunk steps, `a` action dims, `s` state dims, `d` width, `v` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class UserError(Exception):
+    """What went wrong, where, and what to do, in one message. The CLI prints it alone and exits with 2."""
+
+
+# Placeholder ids in `Batch.tokens`, replaced by continuous embeddings. Negative, so that no vocabulary collides with them.
+PAD, IMAGE, STATE = 0, -1, -2
+
+
+@dataclasses.dataclass(frozen=True)
+class Dim:
+    """One dimension of a state or action vector.
+
+    unit: m, rad or 1. frame: base, ee or joint. kind: delta, absolute or binary (a gripper: 1 = open).
+    """
+
+    name: str
+    unit: str
+    frame: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Per-dimension statistics over the training episodes of one dataset, in robot units; f32[dims] each."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    q01: np.ndarray
+    q99: np.ndarray
+    min: np.ndarray
+    max: np.ndarray
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One training example, in robot units (numpy).
+
+    images: {view: u8[h w 3]} of the cameras that exist; state f32[s]; actions f32[k a], rows past the episode's end
+    repeat its last action and are False in action_mask bool[k].
+    """
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    actions: np.ndarray
+    action_mask: np.ndarray
+    prompt: str
+    dataset: int
+    episode: int
+    step: int
+    sample_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows; a pytree. A row holds several samples one after another, told apart by `segment`.
+
+    images u8[b m h w 3] stand in the order of their IMAGE placeholders in `tokens`; tokens i32[b n];
+    segment i32[b n] (0 = padding, 1.. = sample); position i32[b n] counts within a sample; block i32[b n]: a token
+    sees its own segment's tokens of the same or a lower block (prefix 0, then 1, 2, ..); target i32[b n] is the id to
+    predict at a position and loss_weight f32[b n] its weight (0 = no loss); state f32[b g s] normalised;
+    actions f32[b g k a] normalised with action_mask bool[b g k a]; dataset i32[b g] (-1 = empty slot);
+    sample_id i64[b g] (numpy only: left behind before the device).
+    """
+
+    images: Any
+    tokens: Any
+    segment: Any
+    position: Any
+    block: Any
+    target: Any
+    loss_weight: Any
+    state: Any
+    actions: Any
+    action_mask: Any
+    dataset: Any
+    sample_id: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes; a pytree, nothing static in it. step i32[]; key is the run's PRNG key (constant)."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    key: Any
+
+
+class ActionTokenizer(Protocol):
+    """Normalised action chunks in [-1, 1] to token ids and back."""
+
+    vocab_size: int
+
+    def encode(self, chunk: np.ndarray) -> np.ndarray:
+        """f32[k a] -> i32[t]."""
+        ...
+
+    def decode(self, ids: np.ndarray, *, steps: int, dims: int) -> tuple[np.ndarray, bool]:
+        """i32[t] -> (f32[steps dims], whether the sequence was well formed)."""
+        ...
