@@ -84,9 +84,13 @@ def attention(q, k, v, mask):
     """
     b, t, heads, hd = q.shape
     kv = k.shape[2]
-    q = q.reshape(b, t, kv, heads // kv, hd)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    # batch and key/value head lead, the group's heads join the query positions: one plain batched matrix product
+    q = q.reshape(b, t, kv, heads // kv, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, hd)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        grouped = scores.reshape(b, kv, heads // kv, t, -1)
+        scores = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, heads, hd)
+    out = jnp.einsum("bkqs,bksh->bkqh", probs, v)
+    return out.reshape(b, kv, heads // kv, t, hd).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, hd)

@@ -44,8 +44,9 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = jax.nn.gelu(_Dense((self.cfg.vision.mlp,), ("embed", "mlp"), name="Dense_0")(x), approximate=True)
-        return _Dense((self.cfg.vision.width,), ("mlp", "embed"), name="Dense_1")(x)
+        v = self.cfg.vision
+        y = _Dense((v.mlp,), ("embed", "mlp"), name="Dense_0")(x.reshape(-1, v.width))
+        return _Dense((v.width,), ("mlp", "embed"), name="Dense_1")(jax.nn.gelu(y, approximate=True)).reshape(x.shape)
 
 
 class _Block(nn.Module):
@@ -81,6 +82,17 @@ class _Patches(nn.Module):
         return x @ kernel.reshape(-1, v.width).astype(x.dtype) + bias.astype(x.dtype)
 
 
+def _sincos(key, shape, dtype=jnp.float32):
+    """Initial positions, learned from there: sines and cosines of row and column (Vaswani et al., 2017, in two
+    dimensions as in MoCo v3). A model then knows where a patch lies from its first step, instead of learning that."""
+    _, tokens, width = shape
+    side, quarter = round(tokens**0.5), -(-width // 4)
+    frequency = 1e4 ** -jnp.linspace(0, 1, quarter)
+    row, column = jnp.divmod(jnp.arange(tokens), side)
+    angles = jnp.concatenate([row[:, None] * frequency, column[:, None] * frequency], axis=1)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[None, :, :width].astype(dtype)
+
+
 class ImageEncoder(nn.Module):
     """u8[i h w 3] -> [i tokens d], in the decoder's width, unscaled."""
 
@@ -91,7 +103,6 @@ class ImageEncoder(nn.Module):
         cfg = self.cfg
         x = images.astype(jnp.dtype(cfg.dtype)) / 127.5 - 1
         x = _Patches(cfg, name="embedding")(x)
-        init = nn.initializers.normal(cfg.vision.width**-0.5)
-        position = self.param("pos_embedding", weight(init, None, None, "embed"), (1, x.shape[1], cfg.vision.width))
+        position = self.param("pos_embedding", weight(_sincos, None, None, "embed"), (1, x.shape[1], cfg.vision.width))
         x = _Transformer(cfg, name="Transformer")(x + position.astype(x.dtype))
         return _Dense((cfg.language.width,), ("embed", None), name="head")(x)

@@ -12,8 +12,8 @@ import numpy as np
 from vla_jax.tabletop.robots import Robot
 from vla_jax.tabletop.world import Scene, Task, goal_of, solved
 
-CLOSE_WITHIN = 0.03  # half of the reach for a grasp, which leaves a learner room for error
-OPEN_WITHIN = 0.03
+CLOSE_WITHIN = 0.05  # inside the reach for a grasp, as the next is inside the goal: a learner has room for error
+OPEN_WITHIN = 0.045
 
 
 def act(robot: Robot, q: np.ndarray, scene: Scene, task: Task) -> np.ndarray:

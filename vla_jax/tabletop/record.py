@@ -1,6 +1,6 @@
 """Records the expert as RLDS, with TFDS's own writer.
 
-    python -m vla_jax.tabletop.record OUT --episodes 200 --seed 0 [--robots tabletop_arm,tabletop_slider]
+    python -m vla_jax.tabletop.record OUT --episodes 400 --seed 0 [--robots tabletop_arm,tabletop_slider]
 
 writes OUT/<robot>/1.0.0/, which `tfds.builder_from_directory` reads. TensorFlow is imported when it starts writing.
 """
@@ -25,8 +25,8 @@ VERSION = "1.0.0"
 IMAGE_KEYS = {"base": "image", "wrist": "wrist_image"}
 EPISODES_MAX = 10_000  # a recording's robots and episodes get seeds of their own below EVAL_SEED
 SEEDS_MAX = EVAL_SEED // (EPISODES_MAX * len(ROBOTS))
-DISTURBED = 0.6  # share of the episodes in which something pushes the robot
-STAY_S = 0.4  # recorded after success, so that the end of a task is in the data
+DISTURBED = 0.7  # share of the episodes in which something pushes the robot
+STAY_S = 0.2  # recorded after success, so that the end of a task is in the data
 
 
 def episode_seed(seed: int, robot: str, episode: int) -> int:
@@ -64,7 +64,7 @@ def draw_pushes(rng: np.random.Generator, robot: Robot) -> list[tuple[int, int, 
     for _ in range(2 if rng.random() < DISTURBED else 0):
         start, duration = rng.uniform(0.0, 2.5), rng.uniform(0.2, 0.7)
         offset = rng.normal(0.0, robot.disturbance, [tools, 2])
-        slip = int(rng.integers(tools)) if rng.random() < 0.25 else None
+        slip = int(rng.integers(tools)) if rng.random() < 0.4 else None
         first = round(start * robot.control_hz)
         pushes.append((first, first + max(1, round(duration * robot.control_hz)), offset, slip))
     return pushes
@@ -181,7 +181,7 @@ def record(out: str, robot: str, *, episodes: int, seed: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vla_jax.tabletop.record", description=__doc__.split("\n")[0])
     parser.add_argument("out", help="data directory; OUT/<robot>/1.0.0 must not exist")
-    parser.add_argument("--episodes", type=int, default=200, help="per robot (default 200)")
+    parser.add_argument("--episodes", type=int, default=400, help="per robot (default 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--robots", default=",".join(ROBOTS), help="comma-separated (default: all)")
     args = parser.parse_args(argv)

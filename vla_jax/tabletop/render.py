@@ -13,8 +13,10 @@ from vla_jax.tabletop.world import BLOCK, BOWL_RADIUS, HOLDING, TABLE, Scene
 BASE_WIDTH = 0.64  # m across: the table and a margin
 WRIST_WIDTH = 0.20
 SUPERSAMPLE = 4  # drawn that much larger and averaged down: smooth edges at any position
-FLOOR, TABLETOP, LINK = (14, 14, 18), (44, 44, 52), (84, 84, 96)
-BOWL, BOWL_INSIDE = (225, 225, 225), (120, 120, 125)
+# A mid-grey table is about zero once pixels are scaled to [-1, 1], so that only what matters excites a network. In one
+# pair of runs a small transformer's loss after 600 steps was 0.36 with this table and 0.40 with a dark one.
+FLOOR, TABLETOP, LINK = (100, 100, 104), (126, 126, 130), (152, 152, 158)
+BOWL, BOWL_INSIDE = (255, 255, 255), (30, 30, 30)
 BLOCKS = {"red": (240, 30, 30), "green": (30, 220, 50), "blue": (50, 90, 255)}
 OPEN, CLOSED = np.array([255, 225, 0]), np.array([255, 0, 230])
 
@@ -55,7 +57,7 @@ def picture(
     for (x, y), opening in zip(tools, scene.opening):
         openness = np.clip((opening - HOLDING) / (1.0 - HOLDING), 0.0, 1.0)
         colour = tuple((openness * OPEN + (1.0 - openness) * CLOSED).tolist())
-        apart = 0.014 + 0.032 * opening
+        apart = 0.016 + 0.032 * opening
         for side in (-1.0, 1.0):
             box(x + side * apart, y, 0.009, 0.032, colour)
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)

@@ -13,7 +13,7 @@ import numpy as np
 
 from vla_jax.tabletop.world import REACH_LIMIT
 
-GRIPPER_RATE = 2.5  # opening per second: taking a block, like letting go, takes 0.2 s
+GRIPPER_RATE = 1.25  # opening per second: closing on a block takes 0.4 s, long enough to be seen in the data
 SLIDER_MAX = 0.12  # m a step
 ARM_MAX = 0.35  # rad a step
 BIMANUAL_MAX = 0.01  # m a step
@@ -26,10 +26,10 @@ class Robot:
     """What is fixed about a robot.
 
     forward: q f64[t 2] -> tool positions f64[t 2]. inverse: the other way. move: (q, command f64[t 2]) -> the next q,
-    within the robot's limits. command: (q, target f64[t 2]) -> the motion command f64[t 2] with which the expert brings
-    the tools towards `target`. home: tool positions
-    (t of them) in metres, from which an episode starts within +- start_spread. disturbance: typical size of the push that recording adds to a command, in the command's own unit. max_steps is
-    about 2.5 expert episodes.
+    within the robot's limits. command: (q, target f64[t 2]) -> the motion command f64[t 2] with which the expert
+    brings the tools towards `target`. home: tool positions (t of them) in metres, from which an episode starts within
+    +- start_spread. disturbance: typical size of the push that recording adds to a command, in the command's own unit.
+    max_steps is about three expert episodes, or more.
     """
 
     control_hz: int
@@ -44,7 +44,7 @@ class Robot:
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
     move: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    command: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    command: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def on_table(position: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ def bimanual_move(q: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def slider_command(q: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """A fixed share of what is left of the way: nearly linear in what the camera shows, which a small model can learn."""
+    """A fixed share of what is left of the way, so that the action is nearly linear in where things are."""
     return step_towards(q, q + 0.35 * (target - q), SLIDER_MAX) - q
 
 

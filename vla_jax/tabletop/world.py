@@ -14,9 +14,9 @@ TABLE = 0.60
 BLOCK = 0.064
 BOWL_RADIUS = 0.052
 REACH_LIMIT = 0.28  # a tool stays within +- this in x and y
-GRASP_REACH = 0.06  # a tool that closes this near to a block's centre takes it
+GRASP_REACH = 0.07  # a tool that closes this near to a block's centre takes it
 GOAL_OFFSET = 0.16  # the goal lies this far left or right of the bowl
-GOAL_RADIUS = 0.08  # and counts as reached within this
+GOAL_RADIUS = 0.09  # and counts as reached within this
 HOLDING = 0.5  # opening at which a tool's fingers touch the block between them
 COLOURS = ("red", "green", "blue")
 SIDES = ("left", "right")
@@ -61,9 +61,9 @@ def draw(rng: np.random.Generator, tools: int) -> tuple[Scene, Task]:
         blocks = rng.uniform(-0.23, 0.23, [2, 2])
         goals = np.stack([goal_of(bowl, side) for side in SIDES])
         clear = (
-            np.linalg.norm(blocks[:, None] - goals, axis=-1).min() > 0.13
+            np.linalg.norm(blocks[:, None] - goals, axis=-1).min() > 0.14
             and np.linalg.norm(blocks - bowl, axis=-1).min() > 0.11
-            and np.linalg.norm(blocks[0] - blocks[1]) > 0.13
+            and np.linalg.norm(blocks[0] - blocks[1]) > 0.15
             and np.abs(blocks[:, 0]).min() > 0.04  # which of two arms is nearer must be plain to see
         )
         if clear:

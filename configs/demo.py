@@ -1,0 +1,29 @@
+"""vla-jax demo, or: vla-jax train --config=configs/demo.py --config.data.root=DIR --workdir=runs/demo
+
+Three small robots at one table, on CPU in a few minutes. DIR holds what `python -m vla_jax.tabletop.record DIR` writes.
+"""
+
+from vla_jax.config import default
+
+
+def get_config(arg: str = ""):
+    c = default()
+    c.data.mixture = arg or "tabletop"
+    c.data.image_size = 48
+    c.data.views = ("base", "wrist")
+    c.data.holdout = 0.05
+    c.model.preset = "demo"
+    c.model.dtype = "float32"
+    c.tokens.action_vocab = 384
+    c.tokens.action_scale = 8.0
+    c.pack.rows = 16
+    c.pack.length = 256
+    c.pack.images = 6
+    c.pack.samples = 6
+    c.pack.targets = 144
+    c.train.steps = 600
+    c.train.lr = 1e-3
+    c.train.warmup = 50
+    c.train.save_every = 300
+    c.train.log_every = 20
+    return c

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice of bare VMs, through a queued resource. One step at a time:
+#
+#   export PROJECT=... ZONE=us-west4-a NAME=vla-64 TPU_TYPE=v5litepod-64 RUNTIME=v2-alpha-tpuv5-lite
+#   launch/tpu_vm.sh create              request the slice and wait until it is there (SPOT=1: preemptible and cheaper)
+#   launch/tpu_vm.sh install             this commit, with its constraints, on every worker
+#   CONFIG=configs/oxe_300m.py WORKDIR=gs://bucket/runs/a launch/tpu_vm.sh run
+#   launch/tpu_vm.sh stop                SIGTERM to the run on every worker: it saves a checkpoint and ends
+#   launch/tpu_vm.sh delete              give the slice back; it costs money until then
+#
+# `run` holds an ssh connection to every worker: call it inside tmux or screen.
+# shellcheck disable=SC2016  # what stands in single quotes is for the workers' shells
+set -eu
+: "${PROJECT:?the Google Cloud project}" "${ZONE:?the zone, such as us-west4-a}" "${NAME:?a name for the slice}"
+where=(--project="$PROJECT" --zone="$ZONE")
+
+on_all_workers() { gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --batch-size=all --command="$1"; }
+
+case "${1-}" in
+create)
+    gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
+        --accelerator-type="${TPU_TYPE:-v5litepod-64}" --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" \
+        ${SPOT:+--spot}
+    while :; do
+        state="$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)')"
+        echo "$(date +%T) $NAME is $state"
+        case "$state" in
+        ACTIVE) break ;;
+        FAILED | SUSPENDED) echo "tpu_vm.sh: no slice. Delete the request and try another zone or type." >&2 && exit 1 ;;
+        esac
+        sleep 30
+    done
+    ;;
+install)
+    # The working tree's commit, not its uncommitted changes: what runs can be named afterwards.
+    archive="$(mktemp -d)/vla_jax.tar.gz"
+    git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$archive" HEAD
+    gcloud compute tpus tpu-vm scp "$archive" "$NAME":vla_jax.tar.gz "${where[@]}" --worker=all --batch-size=all
+    # The TPU images come with Python 3.10, which is too old: uv brings its own 3.12.
+    on_all_workers 'set -e; rm -rf vla_jax && mkdir vla_jax && tar -xzf vla_jax.tar.gz -C vla_jax && cd vla_jax
+        python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 .venv
+        python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e ".[tpu]"'
+    ;;
+run)
+    : "${CONFIG:?configs/NAME.py}" "${WORKDIR:?gs://bucket/path, the same for every worker}"
+    # A TPU VM's environment does not say that there are other workers; "auto" has jax ask the metadata server.
+    on_all_workers "$(printf 'CONFIG=%q WORKDIR=%q; ' "$CONFIG" "$WORKDIR")"'cd vla_jax && echo $$ >run.pid &&
+        export VLA_COORDINATOR=auto PATH="$PWD/.venv/bin:$PATH" &&
+        exec vla-jax train --config="$CONFIG" --workdir="$WORKDIR"'
+    ;;
+stop) on_all_workers 'kill -TERM "$(cat vla_jax/run.pid)"' ;;
+delete) gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet ;;
+*)
+    echo "tpu_vm.sh: say create, install, run, stop or delete, not '${1-}' (see the top of this file)" >&2
+    exit 2
+    ;;
+esac

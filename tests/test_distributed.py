@@ -1,0 +1,170 @@
+"""The environment contract, and two real processes on one machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vla_jax import distributed
+from vla_jax.distributed import Cluster, find
+from vla_jax.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+VLA = {"VLA_COORDINATOR": "10.0.0.1:8476", "VLA_NUM_PROCESSES": "4", "VLA_PROCESS_ID": "2"}
+SLURM = {"SLURM_JOB_ID": "4097", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "0",
+         "SLURM_STEP_NODELIST": "gpu[07-10]", "SLURM_STEP_NUM_NODES": "4"}
+JOBSET = {"JOBSET_NAME": "vla", "REPLICATED_JOB_NAME": "workers", "JOB_COMPLETION_INDEX": "1", "NNODES": "2"}
+TPU = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({}, None),
+    ({"VLA_NUM_PROCESSES": "1"}, None),
+    ({"VLA_COORDINATOR": "", "VLA_PROCESS_ID": ""}, None),
+    (VLA, ("VLA_* variables", "10.0.0.1:8476", 4, 2, None)),
+    (VLA | SLURM | TPU, ("VLA_* variables", "10.0.0.1:8476", 4, 2, None)),
+    (SLURM | {"VLA_NUM_PROCESSES": "1"}, None),
+    (SLURM, ("Slurm", "gpu07:61441", 4, 3, None)),
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, ("Slurm", "gpu07:61441", 4, 3, (1,))),
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "0,1"}, ("Slurm", "gpu07:61441", 4, 3, None)),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+    ({"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "JOBSET_NAME": "vla"}, None),
+    (JOBSET, ("JobSet", "vla-workers-0-0.vla:8476", 2, 1, None)),
+    (JOBSET | {"NNODES": "1", "JOB_COMPLETION_INDEX": "0"}, None),
+])
+def test_find(env, expected):
+    assert find(env) == (Cluster(*expected) if expected else None)
+
+
+@pytest.mark.parametrize("env", [
+    {"VLA_COORDINATOR": "auto"}, TPU, JOBSET | TPU, {"MEGASCALE_COORDINATOR_ADDRESS": "x:8080"},
+    {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
+])
+def test_tpu_is_left_to_jax(env):
+    assert find(env).coordinator is None
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"VLA_COORDINATOR": "h:1"}, ["VLA_NUM_PROCESSES", "VLA_PROCESS_ID"]),
+    ({"VLA_NUM_PROCESSES": "2", "VLA_PROCESS_ID": "0"}, ["VLA_COORDINATOR"]),
+    ({"VLA_COORDINATOR": "auto", "VLA_NUM_PROCESSES": "2"}, ["VLA_PROCESS_ID"]),
+    (VLA | {"VLA_COORDINATOR": "auto"}, ["'auto'", "host:port"]),
+    (VLA | {"VLA_COORDINATOR": "10.0.0.1"}, ["10.0.0.1", "host:port"]),
+    (VLA | {"VLA_COORDINATOR": "h:99999"}, ["65535"]),
+    (VLA | {"VLA_PROCESS_ID": "4"}, ["VLA_PROCESS_ID=4", "0 to 3"]),
+    (VLA | {"VLA_PROCESS_ID": "-1"}, ["VLA_PROCESS_ID='-1'"]),
+    (VLA | {"VLA_NUM_PROCESSES": "two"}, ["VLA_NUM_PROCESSES='two'"]),
+    ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, ["SLURM_STEP_NODELIST", "srun"]),
+    ({"JOBSET_NAME": "vla", "JOB_COMPLETION_INDEX": "0"}, ["REPLICATED_JOB_NAME", "NNODES"]),
+])
+def test_half_set_variables_are_refused(env, words):
+    with pytest.raises(UserError) as caught:
+        find(env)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("nodelist, host", [
+    ("node1", "node1"), ("node1,other", "node1"), ("n[001-015],h", "n001"), ("n[003,7-9]", "n003"),
+    ("gpu[1-3]-ib,x", "gpu1-ib"), ("a-b[09]", "a-b09"),
+])
+def test_first_host(nodelist, host):
+    assert distributed.first_host(nodelist) == host
+
+
+def test_one_process_needs_no_peer():
+    code = """
+import sys
+from vla_jax import distributed as d
+assert "jax" not in sys.modules
+print(d.initialize())
+assert "jax" not in sys.modules  # a single process pays nothing for this file
+d.agree("config", "x"); d.barrier("b")
+assert d.broadcast_json({"a": (1, 2)}) == {"a": [1, 2]} and d.is_main() and d.process_count() == 1
+"""
+    out = run([code], {})
+    assert out[0].returncode == 0 and "1 process" in out[0].stdout, out[0]
+
+
+# What one process does when launched by the tests below; a UserError is printed as the CLI would.
+WORKER = """
+import sys
+from vla_jax import distributed as d
+from vla_jax.types import UserError
+try:
+    print(d.initialize(timeout_s={timeout}))
+    d.agree("config", "the same")
+    got = d.broadcast_json({{"run": "r\\u00fcn", "steps": [1, 2]}} if d.is_main() else None)
+    assert got == {{"run": "r\\u00fcn", "steps": [1, 2]}}, got
+    d.barrier("after")
+    print(d.initialize())
+    d.agree("dataset card", {digest})
+    print("agreed")
+except UserError as e:
+    print("UserError:", e)
+    sys.exit(2)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+def run(codes: list[str], extra: dict[str, str]) -> list[subprocess.CompletedProcess]:
+    cluster = ("VLA_", "SLURM_", "TPU_", "MEGASCALE_", "JOBSET_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(cluster)}
+    clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"} | extra
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         env=clean | ({"VLA_PROCESS_ID": str(i)} if "VLA_COORDINATOR" in extra else {}))
+        for i, code in enumerate(codes) if code
+    ]
+    try:
+        results = [child.communicate(timeout=60) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [subprocess.CompletedProcess(c.args, c.returncode, *r) for c, r in zip(children, results)]
+
+
+def test_two_processes_agree_and_then_differ():
+    env = {"VLA_COORDINATOR": f"localhost:{free_port()}", "VLA_NUM_PROCESSES": "2"}
+    out = run([WORKER.format(timeout=30, digest="'the same'")] * 2, env)
+    for i, o in enumerate(out):
+        assert o.returncode == 0, o
+        assert f"distributed: 2 processes (this is {i}), coordinator {env['VLA_COORDINATOR']}" in o.stdout
+        assert o.stdout.rstrip().endswith("agreed")
+
+    env["VLA_COORDINATOR"] = f"localhost:{free_port()}"
+    out = run([WORKER.format(timeout=30, digest="'mine ' + str(d.process_index())")] * 2, env)
+    for i, o in enumerate(out):
+        assert o.returncode == 2, o
+        assert "dataset card is not the same on all 2 processes" in o.stdout and "process 1 holds" in o.stdout
+        assert f"This is process {i}" in o.stdout
+
+
+@pytest.mark.parametrize("index, says", [(0, "others have not come"), (1, "Nothing answers at the coordinator")])
+def test_missing_peer_is_a_clear_error(index, says):
+    env = {"VLA_COORDINATOR": f"localhost:{free_port()}", "VLA_NUM_PROCESSES": "2"}
+    codes = [WORKER.format(timeout=3, digest="''")]
+    [out] = run(["", *codes] if index else codes, env)
+    assert out.returncode == 2, out
+    assert f"UserError: Process {index} of 2" in out.stdout and "waited 3 s" in out.stdout and says in out.stdout
+
+
+def test_a_taken_port_is_a_clear_error():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        env = {"VLA_COORDINATOR": f"localhost:{s.getsockname()[1]}", "VLA_NUM_PROCESSES": "2"}
+        [out] = run([WORKER.format(timeout=3, digest="''")], env)
+    assert out.returncode == 2 and "cannot listen" in out.stdout, out

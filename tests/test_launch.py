@@ -1,0 +1,229 @@
+"""The launchers, with stand-ins for the programs that they start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+LINE = 'vla-jax train --config="$CONFIG" --workdir="$WORKDIR"'
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
+LAUNCHERS = ["local.sh", "slurm.sbatch", "tpu_vm.sh", "jobset.yaml", "xpk.sh", "Dockerfile", "README.md"]
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """stub(name, script): an executable of that name, first on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def make(name: str, script: str) -> None:
+        (folder / name).write_text("#!/usr/bin/env bash\n" + script)
+        (folder / name).chmod(0o755)
+
+    make.env = dict(os.environ) | {"PATH": f"{folder}:{os.environ['PATH']}", "CONFIG": "c d.py", "WORKDIR": "/w"}
+    for name in ("VLA_NUM_PROCESSES", "JAX_NUM_CPU_DEVICES", "SLURM_RESTART_COUNT"):
+        make.env.pop(name, None)
+    return make
+
+
+def call(stub, *command: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", *command], env=stub.env | env, text=True, capture_output=True, timeout=30)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_parse_and_are_executable(path):
+    shell = "sh" if path.read_text().startswith("#!/bin/sh") else "bash"
+    subprocess.run([shell, "-n", str(path)], check=True)
+    assert os.access(path, os.X_OK) or path.suffix == ".sbatch"
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_ends_in_the_same_line(name):
+    text = (LAUNCH / name).read_text().replace('\\"', '"')
+    # local.sh takes any command of vla-jax, so the line stands in its usage.
+    assert LINE in text
+
+
+def test_jobset_is_consistent():
+    [jobset] = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
+    [job] = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    [container] = pod["containers"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    assert spec["parallelism"] == spec["completions"]
+    assert spec["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == int(rows) * int(columns)
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    assert {e["name"] for e in container["env"]} == {"CONFIG", "WORKDIR"}
+
+
+def test_local_passes_variables_arguments_and_the_worst_exit_code(stub):
+    stub("vla-jax", """
+printf '%s/%s %s %s <%s>\\n' "$VLA_PROCESS_ID" "$VLA_NUM_PROCESSES" "$VLA_COORDINATOR" "$JAX_NUM_CPU_DEVICES" "$3"
+exit $((VLA_PROCESS_ID * 3))""")
+    done = call(stub, str(LAUNCH / "local.sh"), "-n", "2", "-d", "4", "--", "train", "--x", "a b")
+    assert done.returncode == 3, done
+    lines = sorted(done.stdout.splitlines())
+    assert [line.split(" localhost:")[0] for line in lines] == ["[0] 0/2", "[1] 1/2"]
+    assert all(line.endswith(" 4 <a b>") for line in lines)
+    assert len({line.split()[2] for line in lines}) == 1  # one coordinator
+
+
+def test_local_stops_the_others_when_one_fails(stub):
+    stub("vla-jax", """[ "$VLA_PROCESS_ID" = 1 ] && exit 5
+trap 'echo saved; exit 0' TERM
+while :; do sleep 0.1; done""")
+    start = time.monotonic()
+    done = call(stub, str(LAUNCH / "local.sh"), "-n", "2", "--", "train")
+    assert done.returncode == 5 and "[0] saved" in done.stdout, done
+    assert time.monotonic() - start < 10
+
+
+def test_local_forwards_sigterm_and_kills_what_does_not_end(stub):
+    stub("vla-jax", """[ "$VLA_PROCESS_ID" = 1 ] && trap '' TERM || trap 'echo saved; exit 0' TERM
+echo up
+while :; do sleep 0.1; done""")
+    with subprocess.Popen(["bash", str(LAUNCH / "local.sh"), "-n", "2", "--", "train"], text=True,
+                          env=stub.env | {"VLA_KILL_AFTER_S": "1"}, stdout=subprocess.PIPE) as child:
+        for _ in range(2):
+            assert child.stdout.readline().rstrip().endswith("up")
+        child.send_signal(signal.SIGTERM)
+        out, _ = child.communicate(timeout=20)
+    assert child.returncode == 143 and "[0] saved" in out
+
+
+@pytest.mark.parametrize("code, starts", [(1, 3), (2, 1), (0, 1)])
+def test_local_restarts_what_a_restart_can_help(stub, tmp_path, code, starts):
+    stub("vla-jax", f"echo up; exit {code}")
+    done = call(stub, str(LAUNCH / "local.sh"), "-n", "1", "--restarts", "2", "--", "train")
+    assert done.returncode == code and done.stdout.count("[0] up") == starts
+
+
+@pytest.mark.parametrize("arguments", [["--", "train"], ["-n", "2"], ["-n", "two", "--", "train"], ["-n"], ["train"]])
+def test_local_refuses_with_2(stub, arguments):
+    done = call(stub, str(LAUNCH / "local.sh"), *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("local.sh: ")
+
+
+@pytest.mark.parametrize("code, queued", [(0, False), (2, False), (1, True), (134, True)])
+def test_slurm_queues_again_what_a_restart_can_help(stub, code, queued):
+    stub("vla-jax", f'echo "$@"; exit {code}')
+    stub("srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')
+    stub("scontrol", 'echo "scontrol $*"')
+    slurm = {"SLURM_SUBMIT_DIR": "/nowhere", "SLURM_JOB_ID": "77"}
+    done = call(stub, str(LAUNCH / "slurm.sbatch"), **slurm)
+    assert "train --config=c d.py --workdir=/w" in done.stdout
+    assert ("scontrol requeue 77" in done.stdout) == queued
+    assert done.returncode == (0 if queued else code)  # a requeued job ends well
+    done = call(stub, str(LAUNCH / "slurm.sbatch"), **slurm, SLURM_RESTART_COUNT="20")
+    assert done.returncode == code and "scontrol requeue" not in done.stdout
+
+
+def test_slurm_saves_and_queues_again_before_the_time_limit(stub):
+    stub("vla-jax", "trap 'sleep 0.5; echo saved; exit 0' TERM; echo up; while :; do sleep 0.1; done")
+    stub("srun", 'shift; exec "$@"')
+    stub("scontrol", 'echo "scontrol $*"')
+    with subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch")], text=True, stdout=subprocess.PIPE,
+                          env=stub.env | {"SLURM_SUBMIT_DIR": "/nowhere", "SLURM_JOB_ID": "77"}) as child:
+        assert child.stdout.readline() == "up\n"
+        child.send_signal(signal.SIGUSR1)
+        out, _ = child.communicate(timeout=20)
+    assert child.returncode == 0 and out.index("saved") < out.index("scontrol requeue 77")
+
+
+def test_xpk_leaves_the_line_to_the_pods_shell(stub):
+    stub("xpk", 'printf "%s\\n" "$@"')
+    names = dict.fromkeys(["CLUSTER", "PROJECT", "ZONE", "IMAGE"], "x")
+    out = call(stub, str(LAUNCH / "xpk.sh"), "--spot", **names).stdout.splitlines()
+    assert f"--command={LINE}" in out and "CONFIG=c d.py" in out and out[-1] == "--spot"
+
+
+def test_tpu_vm_runs_the_line_on_the_workers(stub, tmp_path):
+    # The stand-in for gcloud runs the remote command here, as one worker would.
+    (tmp_path / "vla_jax").mkdir()
+    stub("gcloud", f'cd {tmp_path}; for last; do :; done; exec bash -c "${{last#--command=}}"')
+    stub("vla-jax", 'echo "$VLA_COORDINATOR: $*"')
+    done = call(stub, str(LAUNCH / "tpu_vm.sh"), "run", PROJECT="p", ZONE="z", NAME="n")
+    assert done.stdout == "auto: train --config=c d.py --workdir=/w\n", done
+    assert (tmp_path / "vla_jax" / "run.pid").read_text().strip().isdigit()
+
+
+# A Python for launch/setup.sh: it makes a .venv whose python notes each call of pip install.
+FAKE_PYTHON = """
+case "$*" in
+*version_info*3,\\ 11*) exit {old} ;;
+*print*) echo 3.{minor} ;;
+*ensurepip*) exit {no_venv} ;;
+"-m venv .venv") mkdir -p .venv/bin; cat >.venv/bin/python <<'EOF'
+#!/bin/sh
+case "$*" in *"pip install"*) echo installed >>.venv/calls; test ! -e broken ;; esac
+EOF
+chmod +x .venv/bin/python ;;
+esac"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "project"
+    (folder / "launch").mkdir(parents=True)
+    (folder / "launch" / "setup.sh").write_text((LAUNCH / "setup.sh").read_text())
+    for name in ("pyproject.toml", "constraints.txt"):
+        (folder / name).write_text("x")
+    return folder
+
+
+def setup(stub, project, **fields) -> subprocess.CompletedProcess:
+    for name in ("python3.12", "python3.11", "python3"):
+        stub(name, FAKE_PYTHON.format(**({"old": 0, "minor": 12, "no_venv": 0} | fields)))
+    return call(stub, str(project / "launch" / "setup.sh"), PYTHON="")
+
+
+def test_setup_happens_once_and_again_after_a_change_or_an_interruption(stub, project):
+    def calls() -> int:
+        done = setup(stub, project)
+        assert done.returncode == 0, done
+        return len((project / ".venv" / "calls").read_text().split())
+
+    assert [calls(), calls()] == [1, 1]
+    (project / "constraints.txt").write_text("y")
+    assert [calls(), calls()] == [2, 2]  # the same .venv, updated
+    (project / "broken").touch()
+    (project / "constraints.txt").write_text("z")
+    failed = setup(stub, project)
+    assert failed.returncode == 1 and "pip install failed on Python" in failed.stderr
+    (project / "broken").unlink()
+    assert [calls(), calls()] == [1, 1]  # made anew
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"old": 1, "minor": 10}, "Python 3.11 or later is needed (found: python3.12 is 3.10"),
+    ({"no_venv": 1}, "apt install python3.12-venv"),
+])
+def test_setup_says_what_is_missing(stub, project, fields, says):
+    failed = setup(stub, project, **fields)
+    assert failed.returncode == 1 and says in failed.stderr and len(failed.stderr.splitlines()) == 1
+    assert not (project / ".venv").exists()
+
+
+def test_setup_leaves_a_foreign_venv_alone(stub, project):
+    (project / ".venv").mkdir()
+    (project / ".venv" / "mine").touch()
+    assert "was not made by" in setup(stub, project).stderr
+    assert (project / ".venv" / "mine").exists()
+
+
+def test_constraints_name_versions_only():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            requirement, _, marker = line.partition(" ; ")
+            name, version = requirement.split("==")
+            assert name == name.lower() and not {*"/@: "} & {*version}
+            assert marker in ("", 'python_version < "3.12"', 'python_version >= "3.12"')

@@ -1,0 +1,109 @@
+"""An exported policy: robot units in, robot units out. It undoes, in reverse, what the data side did."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from vla_jax import config as configs
+from vla_jax.data import cards, images, sample, stats
+from vla_jax.data.cards import DatasetCard
+from vla_jax.data.stats import Normalizer
+from vla_jax.deploy import export
+from vla_jax.models import presets
+from vla_jax.models.act import Actor, Request
+from vla_jax.tokens import actions, text
+from vla_jax.tokens.sequence import Layout
+from vla_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Acts for one robot. `card` says what its numbers mean; `malformed` chunks are reported by `act`."""
+
+    card: DatasetCard
+    views: tuple[str, ...]
+    steps: int
+    image_size: int
+    state: Normalizer
+    action: Normalizer
+    layout: Layout
+    actor: Actor
+
+    @classmethod
+    def load(cls, folder: str | Path, *, robot: str = "") -> Policy:
+        """`robot`: the name of a card in the export; may be left out when there is only one.
+
+        Raises: UserError for a damaged export or an unknown robot.
+        """
+        found = load_all(folder)
+        if not robot and len(found) == 1:
+            return next(iter(found.values()))
+        if robot not in found:
+            raise UserError(f"robot {robot!r} is not in {folder}; it has: {', '.join(found)}")
+        return found[robot]
+
+    def spec(self) -> dict:
+        """What to send and what comes back, for people and for checks."""
+        shape = [self.image_size, self.image_size, 3]
+        return {
+            "robot": self.card.robot, "control_hz": self.card.control_hz,
+            "images": {v: f"uint8 RGB [h, w, 3], resized to {shape}" for v in self.views},
+            "state": [dataclasses.asdict(d) for d in self.card.state.dims],
+            "action": {"steps": self.steps, "dims": [dataclasses.asdict(d) for d in self.card.action.dims]},
+        }
+
+    def act(self, observations: list[dict]) -> list[tuple[np.ndarray, bool]]:
+        """Each {"images": {view: u8[h w 3]}, "state": f32[s], "prompt": str} -> (actions f32[steps a], well formed).
+
+        Binary dimensions come back as exactly 0 or 1. Raises: ValueError naming what was expected.
+        """
+        requests = [self._request(o) for o in observations]
+        binary = np.array([d.kind == "binary" for d in self.card.action.dims])
+        out = []
+        for chunk, valid in self.actor(requests):
+            chunk = self.action.denormalize(chunk)
+            out.append((np.where(binary, chunk > 0.5, chunk).astype(np.float32), valid))
+        return out
+
+    def _request(self, observation: dict) -> Request:
+        missing = [k for k in ("images", "state", "prompt") if k not in observation]
+        missing += [f"images[{v!r}]" for v in self.views if v not in observation.get("images", {})]
+        if missing:
+            raise ValueError(f"observation lacks {', '.join(missing)}; expected: {self.spec()}")
+        state = np.asarray(observation["state"], np.float32)
+        if state.shape != (len(self.card.state.dims),) or not np.isfinite(state).all():
+            raise ValueError(f"state must be {len(self.card.state.dims)} finite numbers ({', '.join(d.name for d in self.card.state.dims)}), got shape {state.shape}")
+        pixels = []
+        for view in self.views:
+            image = np.asarray(observation["images"][view])
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"image {view!r} must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
+            pixels.append(images.resize(image, self.image_size))
+        prompt = self.layout.prompt(self.card.name, self.card.control_hz, str(observation["prompt"]))
+        return Request(pixels, self.state.normalize(state), prompt, self.steps, len(self.card.action.dims))
+
+
+def load_all(folder: str | Path) -> dict[str, Policy]:
+    """Every robot of an export, sharing one set of weights. Raises: UserError."""
+    body, params, folder = export.read(folder)
+    config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
+    layout = Layout(
+        text.load(str(folder / "text.model")), actions.load(folder / "action_tokenizer.json"),
+        presets.tokens_per_image(config.model.preset, config.data.image_size), config.tokens.state == "continuous",
+    )
+    cfg = presets.resolve(
+        config.model.preset, vocab=body["vocab"], image_size=config.data.image_size, state_dim=body["state_dim"],
+        dtype=config.model.dtype, remat="none",
+    )
+    actor, out = Actor(cfg, layout, params), {}
+    for raw, numbers in zip(body["cards"], body["stats"]):
+        card, s = cards.from_dict(raw, where=str(folder / "policy.json")), stats.from_json(numbers)
+        out[card.name] = Policy(
+            card=card, views=tuple(v for v in config.data.views if v in card.views),
+            steps=sample.chunk_steps(card.control_hz, config.data.chunk_s, config.data.max_chunk), image_size=config.data.image_size,
+            state=Normalizer.make(s["state"], card.state.dims), action=Normalizer.make(s["action"], card.action.dims), layout=layout, actor=actor,
+        )
+    return out
