@@ -16,54 +16,72 @@ from vla_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VLA = {"VLA_COORDINATOR": "10.0.0.1:8476", "VLA_NUM_PROCESSES": "4", "VLA_PROCESS_ID": "2"}
-SLURM = {"SLURM_JOB_ID": "4097", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "0",
-         "SLURM_STEP_NODELIST": "gpu[07-10]", "SLURM_STEP_NUM_NODES": "4"}
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "gpu[07-10]",
+    "SLURM_STEP_NUM_NODES": "4",
+}
 JOBSET = {"JOBSET_NAME": "vla", "REPLICATED_JOB_NAME": "workers", "JOB_COMPLETION_INDEX": "1", "NNODES": "2"}
 TPU = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
 
 
-@pytest.mark.parametrize("env, expected", [
-    ({}, None),
-    ({"VLA_NUM_PROCESSES": "1"}, None),
-    ({"VLA_COORDINATOR": "", "VLA_PROCESS_ID": ""}, None),
-    (VLA, ("VLA_* variables", "10.0.0.1:8476", 4, 2, None)),
-    (VLA | SLURM | TPU, ("VLA_* variables", "10.0.0.1:8476", 4, 2, None)),
-    (SLURM | {"VLA_NUM_PROCESSES": "1"}, None),
-    (SLURM, ("Slurm", "gpu07:61441", 4, 3, None)),
-    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, ("Slurm", "gpu07:61441", 4, 3, (1,))),
-    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "0,1"}, ("Slurm", "gpu07:61441", 4, 3, None)),
-    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-    ({"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, None),
-    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
-    ({"TPU_WORKER_HOSTNAMES": "localhost", "JOBSET_NAME": "vla"}, None),
-    (JOBSET, ("JobSet", "vla-workers-0-0.vla:8476", 2, 1, None)),
-    (JOBSET | {"NNODES": "1", "JOB_COMPLETION_INDEX": "0"}, None),
-])
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, None),
+        ({"VLA_NUM_PROCESSES": "1"}, None),
+        ({"VLA_COORDINATOR": "", "VLA_PROCESS_ID": ""}, None),
+        (VLA, ("VLA_* variables", "10.0.0.1:8476", 4, 2, None)),
+        (VLA | SLURM | TPU, ("VLA_* variables", "10.0.0.1:8476", 4, 2, None)),
+        (SLURM | {"VLA_NUM_PROCESSES": "1"}, None),
+        (SLURM, ("Slurm", "gpu07:61441", 4, 3, None)),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, ("Slurm", "gpu07:61441", 4, 3, (1,))),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "0,1"}, ("Slurm", "gpu07:61441", 4, 3, None)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "JOBSET_NAME": "vla"}, None),
+        (JOBSET, ("JobSet", "vla-workers-0-0.vla:8476", 2, 1, None)),
+        (JOBSET | {"NNODES": "1", "JOB_COMPLETION_INDEX": "0"}, None),
+    ],
+)
 def test_find(env, expected):
     assert find(env) == (Cluster(*expected) if expected else None)
 
 
-@pytest.mark.parametrize("env", [
-    {"VLA_COORDINATOR": "auto"}, TPU, JOBSET | TPU, {"MEGASCALE_COORDINATOR_ADDRESS": "x:8080"},
-    {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
-])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"VLA_COORDINATOR": "auto"},
+        TPU,
+        JOBSET | TPU,
+        {"MEGASCALE_COORDINATOR_ADDRESS": "x:8080"},
+        {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
+    ],
+)
 def test_tpu_is_left_to_jax(env):
     assert find(env).coordinator is None
 
 
-@pytest.mark.parametrize("env, words", [
-    ({"VLA_COORDINATOR": "h:1"}, ["VLA_NUM_PROCESSES", "VLA_PROCESS_ID"]),
-    ({"VLA_NUM_PROCESSES": "2", "VLA_PROCESS_ID": "0"}, ["VLA_COORDINATOR"]),
-    ({"VLA_COORDINATOR": "auto", "VLA_NUM_PROCESSES": "2"}, ["VLA_PROCESS_ID"]),
-    (VLA | {"VLA_COORDINATOR": "auto"}, ["'auto'", "host:port"]),
-    (VLA | {"VLA_COORDINATOR": "10.0.0.1"}, ["10.0.0.1", "host:port"]),
-    (VLA | {"VLA_COORDINATOR": "h:99999"}, ["65535"]),
-    (VLA | {"VLA_PROCESS_ID": "4"}, ["VLA_PROCESS_ID=4", "0 to 3"]),
-    (VLA | {"VLA_PROCESS_ID": "-1"}, ["VLA_PROCESS_ID='-1'"]),
-    (VLA | {"VLA_NUM_PROCESSES": "two"}, ["VLA_NUM_PROCESSES='two'"]),
-    ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, ["SLURM_STEP_NODELIST", "srun"]),
-    ({"JOBSET_NAME": "vla", "JOB_COMPLETION_INDEX": "0"}, ["REPLICATED_JOB_NAME", "NNODES"]),
-])
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"VLA_COORDINATOR": "h:1"}, ["VLA_NUM_PROCESSES", "VLA_PROCESS_ID"]),
+        ({"VLA_NUM_PROCESSES": "2", "VLA_PROCESS_ID": "0"}, ["VLA_COORDINATOR"]),
+        ({"VLA_COORDINATOR": "auto", "VLA_NUM_PROCESSES": "2"}, ["VLA_PROCESS_ID"]),
+        (VLA | {"VLA_COORDINATOR": "auto"}, ["'auto'", "host:port"]),
+        (VLA | {"VLA_COORDINATOR": "10.0.0.1"}, ["10.0.0.1", "host:port"]),
+        (VLA | {"VLA_COORDINATOR": "h:99999"}, ["65535"]),
+        (VLA | {"VLA_PROCESS_ID": "4"}, ["VLA_PROCESS_ID=4", "0 to 3"]),
+        (VLA | {"VLA_PROCESS_ID": "-1"}, ["VLA_PROCESS_ID='-1'"]),
+        (VLA | {"VLA_NUM_PROCESSES": "two"}, ["VLA_NUM_PROCESSES='two'"]),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, ["SLURM_STEP_NODELIST", "srun"]),
+        ({"JOBSET_NAME": "vla", "JOB_COMPLETION_INDEX": "0"}, ["REPLICATED_JOB_NAME", "NNODES"]),
+    ],
+)
 def test_half_set_variables_are_refused(env, words):
     with pytest.raises(UserError) as caught:
         find(env)
@@ -71,10 +89,17 @@ def test_half_set_variables_are_refused(env, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("nodelist, host", [
-    ("node1", "node1"), ("node1,other", "node1"), ("n[001-015],h", "n001"), ("n[003,7-9]", "n003"),
-    ("gpu[1-3]-ib,x", "gpu1-ib"), ("a-b[09]", "a-b09"),
-])
+@pytest.mark.parametrize(
+    "nodelist, host",
+    [
+        ("node1", "node1"),
+        ("node1,other", "node1"),
+        ("n[001-015],h", "n001"),
+        ("n[003,7-9]", "n003"),
+        ("gpu[1-3]-ib,x", "gpu1-ib"),
+        ("a-b[09]", "a-b09"),
+    ],
+)
 def test_first_host(nodelist, host):
     assert distributed.first_host(nodelist) == host
 
@@ -124,9 +149,15 @@ def run(codes: list[str], extra: dict[str, str]) -> list[subprocess.CompletedPro
     clean = {k: v for k, v in os.environ.items() if not k.startswith(cluster)}
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"} | extra
     children = [
-        subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         env=clean | ({"VLA_PROCESS_ID": str(i)} if "VLA_COORDINATOR" in extra else {}))
-        for i, code in enumerate(codes) if code
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=clean | ({"VLA_PROCESS_ID": str(i)} if "VLA_COORDINATOR" in extra else {}),
+        )
+        for i, code in enumerate(codes)
+        if code
     ]
     try:
         results = [child.communicate(timeout=60) for child in children]

@@ -66,9 +66,12 @@ def test_jobset_is_consistent():
 
 
 def test_local_passes_variables_arguments_and_the_worst_exit_code(stub):
-    stub("vla-jax", """
+    stub(
+        "vla-jax",
+        """
 printf '%s/%s %s %s <%s>\\n' "$VLA_PROCESS_ID" "$VLA_NUM_PROCESSES" "$VLA_COORDINATOR" "$JAX_NUM_CPU_DEVICES" "$3"
-exit $((VLA_PROCESS_ID * 3))""")
+exit $((VLA_PROCESS_ID * 3))""",
+    )
     done = call(stub, str(LAUNCH / "local.sh"), "-n", "2", "-d", "4", "--", "train", "--x", "a b")
     assert done.returncode == 3, done
     lines = sorted(done.stdout.splitlines())
@@ -78,9 +81,12 @@ exit $((VLA_PROCESS_ID * 3))""")
 
 
 def test_local_stops_the_others_when_one_fails(stub):
-    stub("vla-jax", """[ "$VLA_PROCESS_ID" = 1 ] && exit 5
+    stub(
+        "vla-jax",
+        """[ "$VLA_PROCESS_ID" = 1 ] && exit 5
 trap 'echo saved; exit 0' TERM
-while :; do sleep 0.1; done""")
+while :; do sleep 0.1; done""",
+    )
     start = time.monotonic()
     done = call(stub, str(LAUNCH / "local.sh"), "-n", "2", "--", "train")
     assert done.returncode == 5 and "[0] saved" in done.stdout, done
@@ -88,11 +94,18 @@ while :; do sleep 0.1; done""")
 
 
 def test_local_forwards_sigterm_and_kills_what_does_not_end(stub):
-    stub("vla-jax", """[ "$VLA_PROCESS_ID" = 1 ] && trap '' TERM || trap 'echo saved; exit 0' TERM
+    stub(
+        "vla-jax",
+        """[ "$VLA_PROCESS_ID" = 1 ] && trap '' TERM || trap 'echo saved; exit 0' TERM
 echo up
-while :; do sleep 0.1; done""")
-    with subprocess.Popen(["bash", str(LAUNCH / "local.sh"), "-n", "2", "--", "train"], text=True,
-                          env=stub.env | {"VLA_KILL_AFTER_S": "1"}, stdout=subprocess.PIPE) as child:
+while :; do sleep 0.1; done""",
+    )
+    with subprocess.Popen(
+        ["bash", str(LAUNCH / "local.sh"), "-n", "2", "--", "train"],
+        text=True,
+        env=stub.env | {"VLA_KILL_AFTER_S": "1"},
+        stdout=subprocess.PIPE,
+    ) as child:
         for _ in range(2):
             assert child.stdout.readline().rstrip().endswith("up")
         child.send_signal(signal.SIGTERM)
@@ -131,8 +144,12 @@ def test_slurm_saves_and_queues_again_before_the_time_limit(stub):
     stub("vla-jax", "trap 'sleep 0.5; echo saved; exit 0' TERM; echo up; while :; do sleep 0.1; done")
     stub("srun", 'shift; exec "$@"')
     stub("scontrol", 'echo "scontrol $*"')
-    with subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch")], text=True, stdout=subprocess.PIPE,
-                          env=stub.env | {"SLURM_SUBMIT_DIR": "/nowhere", "SLURM_JOB_ID": "77"}) as child:
+    with subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm.sbatch")],
+        text=True,
+        stdout=subprocess.PIPE,
+        env=stub.env | {"SLURM_SUBMIT_DIR": "/nowhere", "SLURM_JOB_ID": "77"},
+    ) as child:
         assert child.stdout.readline() == "up\n"
         child.send_signal(signal.SIGUSR1)
         out, _ = child.communicate(timeout=20)
@@ -203,10 +220,13 @@ def test_setup_happens_once_and_again_after_a_change_or_an_interruption(stub, pr
     assert [calls(), calls()] == [1, 1]  # made anew
 
 
-@pytest.mark.parametrize("fields, says", [
-    ({"old": 1, "minor": 10}, "Python 3.11 or later is needed (found: python3.12 is 3.10"),
-    ({"no_venv": 1}, "apt install python3.12-venv"),
-])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"old": 1, "minor": 10}, "Python 3.11 or later is needed (found: python3.12 is 3.10"),
+        ({"no_venv": 1}, "apt install python3.12-venv"),
+    ],
+)
 def test_setup_says_what_is_missing(stub, project, fields, says):
     failed = setup(stub, project, **fields)
     assert failed.returncode == 1 and says in failed.stderr and len(failed.stderr.splitlines()) == 1

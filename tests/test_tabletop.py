@@ -24,7 +24,7 @@ def play(env, policy, seed):
 
 @each_robot
 def test_expert_does_what_the_instruction_says(robot):
-    env, solved, others = TabletopEnv(robot), 0, 0
+    env, solved, others = TabletopEnv(robot, blocks=2), 0, 0
     for seed in range(EVAL_SEED, EVAL_SEED + 60):
         if play(env, TabletopEnv.expert_action, seed):
             solved += 1
@@ -61,7 +61,7 @@ def test_reset_is_deterministic_and_seeds_differ(robot):
 
 def test_no_instruction_is_satisfied_at_the_start():
     for seed in range(300):
-        scene, _ = world.draw(np.random.default_rng(seed), 1)
+        scene, _ = world.draw(np.random.default_rng(seed), 1, blocks=2)
         assert not any(world.solved(scene, world.Task(block, side, "")) for block in (0, 1) for side in world.SIDES)
 
 
@@ -97,7 +97,7 @@ def test_observations_match_the_card(robot):
 
 @each_robot
 def test_each_block_looks_its_colour_where_it_is(robot):
-    env = TabletopEnv(robot)
+    env = TabletopEnv(robot, blocks=2)
     for seed in range(20):
         image = env.reset(seed)["images"]["base"].astype(int)
         for (x, y), colour in zip(env._scene.blocks, env._scene.colours):
@@ -108,7 +108,7 @@ def test_each_block_looks_its_colour_where_it_is(robot):
 
 
 def test_a_tool_takes_the_nearest_block_and_drops_it():
-    scene, _ = world.draw(np.random.default_rng(0), 1)
+    scene, _ = world.draw(np.random.default_rng(0), 1, blocks=2)
     tool = scene.blocks[1:] + [0.03, 0.0]
     shut, still = np.array([0.0]), np.zeros([1, 2])
     taken = world.advance(scene, tool, still, shut)

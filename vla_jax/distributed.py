@@ -34,15 +34,28 @@ def find(env: Mapping[str, str]) -> Cluster | None:
     if vla == ["VLA_NUM_PROCESSES"] and env["VLA_NUM_PROCESSES"] == "1":
         return None
     if vla:
-        _complete(env, "VLA_COORDINATOR", "VLA_NUM_PROCESSES", "VLA_PROCESS_ID", hint="Set all three on every process, "
-                  "VLA_COORDINATOR=auto alone on a TPU pod, or VLA_NUM_PROCESSES=1 alone for a single process.")
+        _complete(
+            env,
+            "VLA_COORDINATOR",
+            "VLA_NUM_PROCESSES",
+            "VLA_PROCESS_ID",
+            hint="Set all three on every process, "
+            "VLA_COORDINATOR=auto alone on a TPU pod, or VLA_NUM_PROCESSES=1 alone for a single process.",
+        )
         return _numbered("VLA_* variables", env["VLA_COORDINATOR"], env, "VLA_NUM_PROCESSES", "VLA_PROCESS_ID")
 
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     if tasks in env and _number(env, tasks, 1) > 1:
-        _complete(env, "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES",
-                  hint=f"{tasks}={env[tasks]}, but only srun sets these: start with `srun vla-jax ...`, or set "
-                  "VLA_NUM_PROCESSES=1 for a single process in this allocation.")
+        _complete(
+            env,
+            "SLURM_JOB_ID",
+            "SLURM_PROCID",
+            "SLURM_LOCALID",
+            "SLURM_STEP_NODELIST",
+            "SLURM_STEP_NUM_NODES",
+            hint=f"{tasks}={env[tasks]}, but only srun sets these: start with `srun vla-jax ...`, or set "
+            "VLA_NUM_PROCESSES=1 for a single process in this allocation.",
+        )
         # The port that jax itself would take: another job on the same node is unlikely to have it.
         port = _number(env, "SLURM_JOB_ID") % 4096 + 61440
         found = _numbered("Slurm", f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}", env, tasks, "SLURM_PROCID")
@@ -55,8 +68,13 @@ def find(env: Mapping[str, str]) -> Cluster | None:
     if "," in tpu_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in env or env.get("MEGASCALE_NUM_SLICES", "1") != "1":
         return Cluster("the TPU environment (TPU_WORKER_HOSTNAMES, MEGASCALE_*)")
     if "JOBSET_NAME" in env and not tpu_hosts:
-        _complete(env, "REPLICATED_JOB_NAME", "JOB_COMPLETION_INDEX", "NNODES", hint="A JobSet without TPUs needs them "
-                  "in every pod; or set VLA_NUM_PROCESSES=1 for a single process.")
+        _complete(
+            env,
+            "REPLICATED_JOB_NAME",
+            "JOB_COMPLETION_INDEX",
+            "NNODES",
+            hint="A JobSet without TPUs needs them in every pod; or set VLA_NUM_PROCESSES=1 for a single process.",
+        )
         # JobSet's stable pod names: <jobset>-<replicated job>-<job>-<pod>.<subdomain>, the subdomain being the JobSet.
         host = f"{env['JOBSET_NAME']}-{env['REPLICATED_JOB_NAME']}-0-0.{env['JOBSET_NAME']}"
         found = _numbered("JobSet", f"{host}:8476", env, "NNODES", "JOB_COMPLETION_INDEX")
@@ -78,8 +96,10 @@ def _number(env: Mapping[str, str], key: str, low: int = 0) -> int:
 def _numbered(source: str, coordinator: str, env: Mapping[str, str], count_key: str, index_key: str) -> Cluster:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"Coordinator {coordinator!r} (from {source}) is not host:port with a port of 1 to 65535. Give "
-                        "the address of process 0, such as 10.0.0.1:8476, the same on every process.")
+        raise UserError(
+            f"Coordinator {coordinator!r} (from {source}) is not host:port with a port of 1 to 65535. Give "
+            "the address of process 0, such as 10.0.0.1:8476, the same on every process."
+        )
     count, index = _number(env, count_key, 1), _number(env, index_key)
     if index >= count:
         raise UserError(f"{index_key}={index}, but {count_key}={count}: processes are numbered 0 to {count - 1}.")
@@ -114,16 +134,22 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
     me, hint = f"This process (from {found.source})", "Does the same command run on every worker of the TPU slice?"
     if found.coordinator:
         me = f"Process {found.index} of {found.count} (from {found.source}, coordinator {found.coordinator})"
-        arguments |= dict(coordinator_address=found.coordinator, num_processes=found.count, process_id=found.index,
-                          local_device_ids=found.local_device_ids, cluster_detection_method="deactivate")
+        arguments |= dict(
+            coordinator_address=found.coordinator,
+            num_processes=found.count,
+            process_id=found.index,
+            local_device_ids=found.local_device_ids,
+            cluster_detection_method="deactivate",
+        )
         host, _, port = found.coordinator.rpartition(":")
         if found.index == 0:
             hint = "It listens, but others have not come. Do they all run, with this coordinator and count?"
             try:
                 socket.create_server(("", int(port))).close()
             except OSError as e:
-                raise UserError(f"{me} cannot listen on port {port}: {e.strerror}. Stop what holds the port, or choose "
-                                "another on every process.") from None
+                raise UserError(
+                    f"{me} cannot listen on port {port}: {e.strerror}. Stop what holds the port, or choose another on every process."
+                ) from None
     failed: list[Exception] = []
 
     def target() -> None:
@@ -144,8 +170,11 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
                 hint = "The coordinator answers, but another process has not come: see the others' logs."
             except OSError as e:
                 hint = f"Nothing answers at the coordinator ({e}). Does process 0 run there, and is the port open?"
-        raise UserError(f"{me} has waited {timeout_s:g} s for processes 0 to {found.count - 1}. {hint}"
-                        if found.coordinator else f"{me} has waited {timeout_s:g} s for the others. {hint}")
+        raise UserError(
+            f"{me} has waited {timeout_s:g} s for processes 0 to {found.count - 1}. {hint}"
+            if found.coordinator
+            else f"{me} has waited {timeout_s:g} s for the others. {hint}"
+        )
 
 
 def process_index() -> int:
@@ -181,9 +210,11 @@ def agree(name: str, digest: str) -> None:
         mine = np.frombuffer(hashlib.sha256(digest.encode()).digest(), np.uint8)
         held = [bytes(row).hex() for row in np.asarray(multihost_utils.process_allgather(mine))]
         if differ := [f"process {i} holds {h[:12]}" for i, h in enumerate(held) if h != held[0]]:
-            raise UserError(f"{name} is not the same on all {len(held)} processes: process 0 holds {held[0][:12]}, but "
-                            f"{', '.join(differ)}. This is process {process_index()}. Start all of them with the same "
-                            "code, config and data.")
+            raise UserError(
+                f"{name} is not the same on all {len(held)} processes: process 0 holds {held[0][:12]}, but "
+                f"{', '.join(differ)}. This is process {process_index()}. Start all of them with the same "
+                "code, config and data."
+            )
 
 
 def broadcast_json(value: Any = None) -> Any:

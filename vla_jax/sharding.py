@@ -55,7 +55,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, *, where: str = "config"):
         rest = math.prod(s for s in sizes if s > 0)
         sizes[sizes.index(-1)] = max(total // rest, 1)
     if math.prod(sizes) != total:
-        raise UserError(f"mesh data*fsdp*tensor = {' * '.join(map(str, sizes))} = {math.prod(sizes)}, but there are {total} devices ({where}). Set one axis to -1 to fill it.")
+        raise UserError(
+            f"mesh data*fsdp*tensor = {' * '.join(map(str, sizes))} = {math.prod(sizes)}, but there are {total} devices ({where}). Set one axis to -1 to fill it."
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -65,7 +67,9 @@ def check_batch(rows: int, mesh, *, where: str = "config") -> None:
     n = data * fsdp
     if rows % n:
         near = sorted({max(n, rows // n * n), (rows // n + 1) * n})
-        raise UserError(f"batch of pack.rows = {rows} is not divisible by data*fsdp = {data}*{fsdp} = {n} (mesh in {where}). Nearest: {', '.join(map(str, near))}.")
+        raise UserError(
+            f"batch of pack.rows = {rows} is not divisible by data*fsdp = {data}*{fsdp} = {n} (mesh in {where}). Nearest: {', '.join(map(str, near))}."
+        )
 
 
 def batch_sharding(mesh) -> NamedSharding:

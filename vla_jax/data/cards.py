@@ -87,8 +87,13 @@ def from_dict(raw: dict, *, where: str) -> DatasetCard:
     texts = {k: str(raw[k] or "") for k in ("name", "version", "source", "licence", "citation", "robot")}
     views = {str(k): str(v) for k, v in raw["views"].items()}
     return DatasetCard(
-        **texts, control_hz=float(hz), splits=tuple(map(str, raw["splits"])), views=views,
-        language=tuple(map(str, raw["language"])), state=_spec(raw["state"], f"{where}: state"), action=_spec(raw["action"], f"{where}: action"),
+        **texts,
+        control_hz=float(hz),
+        splits=tuple(map(str, raw["splits"])),
+        views=views,
+        language=tuple(map(str, raw["language"])),
+        state=_spec(raw["state"], f"{where}: state"),
+        action=_spec(raw["action"], f"{where}: action"),
     )
 
 

@@ -106,8 +106,14 @@ def open_index(card: DatasetCard, directory: Path, path: Path) -> StepIndex:
             raise UserError(f"shard {file} {now} since it was indexed. Restore it, or delete {path} to index again.")
     arrays = {k: np.load(path / f"{k}.npy", mmap_mode="r") for k in _ARRAYS}
     return StepIndex(
-        card=card, path=path, digest=meta["digest"], shards=tuple(directory / n for n, _ in meta["shards"]),
-        views=tuple(meta["views"]), languages=tuple(meta["languages"]), skipped=meta["skipped"], **arrays,
+        card=card,
+        path=path,
+        digest=meta["digest"],
+        shards=tuple(directory / n for n, _ in meta["shards"]),
+        views=tuple(meta["views"]),
+        languages=tuple(meta["languages"]),
+        skipped=meta["skipped"],
+        **arrays,
     )
 
 
@@ -138,9 +144,17 @@ def build(card: DatasetCard, directory: Path, path: Path, *, progress=None) -> N
     for key in _ARRAYS:
         digest.update(np.ascontiguousarray(arrays[key]).tobytes())
     meta = {
-        "format": FORMAT, "name": card.name, "version": card.version, "card": card.digest, "views": list(card.views),
-        "digest": digest.hexdigest()[:16], "shards": [[f.name, f.stat().st_size] for f in files],
-        "episodes": len(lengths), "frames": int(sum(lengths)), "skipped": dict(skipped), "languages": list(languages),
+        "format": FORMAT,
+        "name": card.name,
+        "version": card.version,
+        "card": card.digest,
+        "views": list(card.views),
+        "digest": digest.hexdigest()[:16],
+        "shards": [[f.name, f.stat().st_size] for f in files],
+        "episodes": len(lengths),
+        "frames": int(sum(lengths)),
+        "skipped": dict(skipped),
+        "languages": list(languages),
     }
     _write(path, arrays, meta)
 

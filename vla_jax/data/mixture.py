@@ -44,7 +44,12 @@ def load(name: str) -> Mixture:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e:
         raise UserError(f"mixture {path} is not valid YAML: {e}") from e
-    if not isinstance(raw, dict) or set(raw) != {"name", "weight", "datasets"} or not isinstance(raw["datasets"], dict) or not raw["datasets"]:
+    if (
+        not isinstance(raw, dict)
+        or set(raw) != {"name", "weight", "datasets"}
+        or not isinstance(raw["datasets"], dict)
+        or not raw["datasets"]
+    ):
         raise UserError(f"mixture {path} must have exactly: name, weight (per_dataset or times_size), datasets (name: weight)")
     if raw["weight"] not in ("per_dataset", "times_size"):
         raise UserError(f"mixture {path}: weight is {raw['weight']!r}; allowed: per_dataset, times_size")

@@ -43,16 +43,25 @@ def place(sizes: Sequence[tuple[int, int, int]], rows: int, limits: tuple[int, i
     return [sorted(r) for r in out]
 
 
-def assemble(rows: list[list[tuple[Item, list[np.ndarray]]]], *, length: int, images: int, samples: int, image_size: int, shape: tuple[int, int, int]) -> Batch:
+def assemble(
+    rows: list[list[tuple[Item, list[np.ndarray]]]], *, length: int, images: int, samples: int, image_size: int, shape: tuple[int, int, int]
+) -> Batch:
     """Rows of (item, its images) -> Batch (numpy). shape: the mixture's largest (chunk steps, action dims, state dims)."""
     b, (k, a, s) = len(rows), shape
-    i32 = lambda *d: np.zeros(d, np.int32)  # noqa: E731
+    i32 = lambda *d: np.zeros(d, np.int32)
     out = Batch(
-        images=np.zeros((b, images, image_size, image_size, 3), np.uint8), tokens=np.full((b, length), PAD, np.int32),
-        segment=i32(b, length), position=i32(b, length), block=i32(b, length), target=i32(b, length),
-        loss_weight=np.zeros((b, length), np.float32), state=np.zeros((b, samples, s), np.float32),
-        actions=np.zeros((b, samples, k, a), np.float32), action_mask=np.zeros((b, samples, k, a), bool),
-        dataset=np.full((b, samples), -1, np.int32), sample_id=np.full((b, samples), -1, np.int64),
+        images=np.zeros((b, images, image_size, image_size, 3), np.uint8),
+        tokens=np.full((b, length), PAD, np.int32),
+        segment=i32(b, length),
+        position=i32(b, length),
+        block=i32(b, length),
+        target=i32(b, length),
+        loss_weight=np.zeros((b, length), np.float32),
+        state=np.zeros((b, samples, s), np.float32),
+        actions=np.zeros((b, samples, k, a), np.float32),
+        action_mask=np.zeros((b, samples, k, a), bool),
+        dataset=np.full((b, samples), -1, np.int32),
+        sample_id=np.full((b, samples), -1, np.int64),
     )
     for r, row in enumerate(rows):
         at = picture = 0

@@ -48,15 +48,23 @@ def dataset_dir(root: str | Path, name: str, version: str) -> Path:
     if not str(root) or str(root) == ".":
         raise UserError("data.root is not set. Give the folder that holds <dataset>/<version>/: --config.data.root=DIR")
     if not root.is_dir():
-        raise UserError(f"data root {root} does not exist or is no folder. Set --config.data.root (or --root) to the folder that holds {name}/.")
+        raise UserError(
+            f"data root {root} does not exist or is no folder. Set --config.data.root (or --root) to the folder that holds {name}/."
+        )
     path = root / name / version
     if not path.is_dir():
         have = sorted(p.name for p in (root / name).glob("*") if p.is_dir()) if (root / name).is_dir() else []
-        found = f"versions there: {', '.join(have)}" if have else f"folders there: {', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:8]) or 'none'}"
+        found = (
+            f"versions there: {', '.join(have)}"
+            if have
+            else f"folders there: {', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:8]) or 'none'}"
+        )
         raise UserError(f"dataset {name} {version} is not at {path} ({found}). Correct the root or the card's version.")
     missing = [f for f in ("dataset_info.json", "features.json") if not (path / f).is_file()]
     if missing:
-        raise UserError(f"{path} is no TFDS directory: {' and '.join(missing)} missing. It must be a folder as written by tensorflow-datasets.")
+        raise UserError(
+            f"{path} is no TFDS directory: {' and '.join(missing)} missing. It must be a folder as written by tensorflow-datasets."
+        )
     return path
 
 
@@ -75,10 +83,17 @@ def shards(path: Path, split: str) -> list[Path]:
     files = []
     for i in range(len(lengths)):
         index, count = f"{i:0{digits}d}", f"{len(lengths):0{digits}d}"
-        files.append(path / template.format(
-            DATASET=info["name"], SPLIT=split, FILEFORMAT=info.get("fileFormat", "tfrecord"),
-            SHARD_INDEX=index, NUM_SHARDS=count, SHARD_X_OF_Y=f"{index}-of-{count}",
-        ))
+        files.append(
+            path
+            / template.format(
+                DATASET=info["name"],
+                SPLIT=split,
+                FILEFORMAT=info.get("fileFormat", "tfrecord"),
+                SHARD_INDEX=index,
+                NUM_SHARDS=count,
+                SHARD_X_OF_Y=f"{index}-of-{count}",
+            )
+        )
     gone = [f.name for f in files if not f.is_file()]
     if gone:
         raise UserError(f"{path}: {len(gone)} of {len(files)} shards of split {split!r} are missing, first {gone[0]}.")

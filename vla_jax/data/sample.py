@@ -60,7 +60,9 @@ def views(index: StepIndex, wanted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(v for v in wanted if v in index.views)
 
 
-def make(index: StepIndex, frame: int, *, steps: int, dataset: int, sample_id: int, size: int, wanted: tuple[str, ...], reader: ShardReader) -> Sample:
+def make(
+    index: StepIndex, frame: int, *, steps: int, dataset: int, sample_id: int, size: int, wanted: tuple[str, ...], reader: ShardReader
+) -> Sample:
     """Raises: images.UndecodableImage."""
     episode = int(index.frame_episode[frame])
     shard = index.shards[index.episode_shard[episode]]
@@ -70,7 +72,13 @@ def make(index: StepIndex, frame: int, *, steps: int, dataset: int, sample_id: i
         pictures[view] = images.resize(images.decode(reader.read(shard, int(offset), int(length))), size)
     chunk, mask = actions(index, frame, steps)
     return Sample(
-        images=pictures, state=np.asarray(index.state[frame]), actions=chunk, action_mask=mask,
-        prompt=index.languages[index.language[frame]] if index.languages else "", dataset=dataset, episode=episode,
-        step=frame - int(index.episode_start[episode]), sample_id=sample_id,
+        images=pictures,
+        state=np.asarray(index.state[frame]),
+        actions=chunk,
+        action_mask=mask,
+        prompt=index.languages[index.language[frame]] if index.languages else "",
+        dataset=dataset,
+        episode=episode,
+        step=frame - int(index.episode_start[episode]),
+        sample_id=sample_id,
     )

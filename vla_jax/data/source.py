@@ -45,9 +45,13 @@ def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path |
     fitted = actions.load(path) if path and path.is_file() else None
     if fitted is None and config.tokens.action_path:
         raise UserError(f"tokens.action_path {path} does not exist. Fit one with `vla-jax tokens fit`, or leave it empty.")
-    build = lambda action: Source.make(  # noqa: E731
-        config, indexes, statistics, Layout(words, action, tokens_per_image, config.tokens.state == "continuous"),
-        weights=mix.weights, times_size=mix.weight == "times_size",
+    build = lambda action: Source.make(
+        config,
+        indexes,
+        statistics,
+        Layout(words, action, tokens_per_image, config.tokens.state == "continuous"),
+        weights=mix.weights,
+        times_size=mix.weight == "times_size",
     )
     if fitted is None:
         fitted = fit_tokenizer(build(None), config)
@@ -80,8 +84,16 @@ class Source:
 
     @classmethod
     def make(
-        cls, config: Config, indexes, statistics: list[dict[str, Stats]], layout: Layout, *,
-        weights, times_size: bool = False, held_out: bool = False, seed: int | None = None,
+        cls,
+        config: Config,
+        indexes,
+        statistics: list[dict[str, Stats]],
+        layout: Layout,
+        *,
+        weights,
+        times_size: bool = False,
+        held_out: bool = False,
+        seed: int | None = None,
     ) -> Source:
         """Raises: UserError when a dataset has no frames left."""
         frames = []
@@ -89,9 +101,14 @@ class Source:
             mask = ix.held_out(config.data.holdout)[ix.frame_episode]
             frames.append(np.flatnonzero(mask if held_out else ~mask))
             if not frames[-1].size:
-                raise UserError(f"dataset {ix.card.name} has no {'held-out' if held_out else 'training'} frames ({ix.episodes} episodes, data.holdout={config.data.holdout:g})")
+                raise UserError(
+                    f"dataset {ix.card.name} has no {'held-out' if held_out else 'training'} frames ({ix.episodes} episodes, data.holdout={config.data.holdout:g})"
+                )
         normalizers = tuple(
-            {"state": stats.Normalizer.make(s["state"], ix.card.state.dims), "action": stats.Normalizer.make(s["action"], ix.card.action.dims)}
+            {
+                "state": stats.Normalizer.make(s["state"], ix.card.state.dims),
+                "action": stats.Normalizer.make(s["action"], ix.card.action.dims),
+            }
             for ix, s in zip(indexes, statistics)
         )
         sampler = Sampler.make(config.train.seed if seed is None else seed, [len(f) for f in frames], weights, times_size=times_size)
@@ -99,7 +116,9 @@ class Source:
 
     def held_out(self, seed: int = 0) -> Source:
         """The same data, drawing evenly from the episodes kept for evaluation."""
-        return Source.make(self.config, self.indexes, list(self.statistics), self.layout, weights=[1.0] * len(self.indexes), held_out=True, seed=seed)
+        return Source.make(
+            self.config, self.indexes, list(self.statistics), self.layout, weights=[1.0] * len(self.indexes), held_out=True, seed=seed
+        )
 
     def check_fit(self) -> None:
         """Raises: UserError when a dataset's typical sample is larger than a row."""
@@ -109,7 +128,9 @@ class Source:
             need = (max(i.sequence.length for i in items), len(items[0].views), max(i.sequence.targets for i in items))
             for have, want, name in zip((p.length, p.images, p.targets), need, ("pack.length", "pack.images", "pack.targets")):
                 if want > have:
-                    raise UserError(f"a sample of {ix.card.name} needs {want} but {name} is {have}. Raise --config.{name}, or lower image size, views or chunk length.")
+                    raise UserError(
+                        f"a sample of {ix.card.name} needs {want} but {name} is {have}. Raise --config.{name}, or lower image size, views or chunk length."
+                    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,7 +141,8 @@ class Source:
         """The mixture's largest (chunk steps, action dims, state dims)."""
         return (
             max(self.steps(d) for d in range(len(self.indexes))),
-            max(ix.action.shape[1] for ix in self.indexes), max(ix.state.shape[1] for ix in self.indexes),
+            max(ix.action.shape[1] for ix in self.indexes),
+            max(ix.state.shape[1] for ix in self.indexes),
         )
 
     def steps(self, dataset: int) -> int:
@@ -141,6 +163,35 @@ class Source:
         chunk, mask = self.chunk(dataset, frame)
         views = sample.views(index, self.config.data.views)
         text = index.languages[index.language[frame]] if index.languages else ""
-        prompt = self.layout.prompt(index.card.name, index.card.control_hz, text)
+        prompt = self.layout.prompt(index.card.name, text)
         sequence = self.layout.build(images=len(views), prompt=prompt, chunk=chunk)
         return pack.Item(sample_id, dataset, frame, sequence, views, normal["state"].normalize(np.asarray(index.state[frame])), chunk, mask)
+
+
+def token_report(source: Source, *, chunks: int = 512) -> list[dict]:
+    """Per dataset, over evenly spaced training chunks: tokens, how often coefficients were clamped, error in robot units."""
+    out, action = [], source.layout.action
+    for d, ix in enumerate(source.indexes):
+        lengths, errors, clamped = [], [], []
+        for f in source.frames[d][:: max(1, len(source.frames[d]) // chunks)]:
+            chunk, mask = source.chunk(d, int(f))
+            ids = action.encode(chunk)
+            back, _ = action.decode(ids, steps=len(chunk), dims=chunk.shape[1])
+            undo = source.normalizers[d]["action"].denormalize
+            lengths.append(len(ids))
+            errors.append(np.abs(undo(back) - undo(chunk))[mask])
+            clamped.append(action.clamped(chunk))
+        worst = np.concatenate(errors).mean(axis=0)
+        out.append(
+            {
+                "dataset": ix.card.name,
+                "numbers": chunk.size,
+                "tokens": f"{np.mean(lengths):.1f}",
+                "p95": int(np.quantile(lengths, 0.95)),
+                "max": max(lengths),
+                "ratio": f"{chunk.size / np.mean(lengths):.2f}",
+                "clamped": f"{np.mean(clamped):.4f}",
+                "error": " ".join(f"{dim.name}={e:.2g}{dim.unit if dim.unit != '1' else ''}" for dim, e in zip(ix.card.action.dims, worst)),
+            }
+        )
+    return out

@@ -62,7 +62,7 @@ def check(ops, where: str) -> None:
     for i, op in enumerate(ops):
         if not isinstance(op, dict) or len(op) != 1 or next(iter(op)) not in OPS:
             raise UserError(f"card {where}.ops[{i}] is {op!r}; an op is one of: {', '.join(OPS)}")
-        (name, arg), = op.items()
+        ((name, arg),) = op.items()
         if i == 0 and name != "pick":
             raise UserError(f"card {where}.ops[0] must be `pick`, got {name!r}")
         if name in _ARGS and (not isinstance(arg, dict) or set(arg) != _ARGS[name]):
@@ -73,6 +73,6 @@ def apply(ops, fields: dict[str, np.ndarray]) -> np.ndarray:
     """fields {key: [steps dims]} -> f32[steps dims]. Raises: KeyError, IndexError or ValueError where ops do not fit."""
     x = None
     for op in ops:
-        (name, arg), = op.items()
+        ((name, arg),) = op.items()
         x = OPS[name](x, fields, arg)
     return np.ascontiguousarray(x, np.float32)

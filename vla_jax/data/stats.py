@@ -26,15 +26,12 @@ def of(x: np.ndarray) -> Stats:
 
 def to_json(stats: dict[str, Stats]) -> dict:
     return {
-        group: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in dataclasses.asdict(s).items()}
-        for group, s in stats.items()
+        group: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in dataclasses.asdict(s).items()} for group, s in stats.items()
     }
 
 
 def from_json(values: dict) -> dict[str, Stats]:
-    return {
-        group: Stats(**{k: v if k == "count" else np.array(v, np.float32) for k, v in s.items()}) for group, s in values.items()
-    }
+    return {group: Stats(**{k: v if k == "count" else np.array(v, np.float32) for k, v in s.items()}) for group, s in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,9 @@ class Stream:
         self.groups = p.rows // p.group
         if self.groups % processes:
             near = processes * p.group * max(1, round(p.rows / (processes * p.group)))
-            raise UserError(f"pack.rows {p.rows} in groups of {p.group} cannot be shared by {processes} processes. Nearest: --config.pack.rows={near}.")
+            raise UserError(
+                f"pack.rows {p.rows} in groups of {p.group} cannot be shared by {processes} processes. Nearest: --config.pack.rows={near}."
+            )
         share = self.groups // processes
         self.mine = range(process * share, (process + 1) * share)
         self.skipped: collections.Counter = collections.Counter()
@@ -128,8 +130,14 @@ class Stream:
         index, d = self.source.indexes[item.dataset], self.source.config.data
         try:
             made = sample.make(
-                index, item.frame, steps=len(item.actions), dataset=item.dataset, sample_id=item.sample_id,
-                size=d.image_size, wanted=d.views, reader=self._reader,
+                index,
+                item.frame,
+                steps=len(item.actions),
+                dataset=item.dataset,
+                sample_id=item.sample_id,
+                size=d.image_size,
+                wanted=d.views,
+                reader=self._reader,
             )
         except images.UndecodableImage:
             self.skipped[index.card.name, "undecodable image"] += 1

@@ -1,9 +1,9 @@
 """A checkpoint -> a folder that acts on its own: weights, robots' cards and statistics, tokenizers, checksums. No code in it.
 
-    params.safetensors     parameters by path (EMA where one was kept)
-    policy.json            model, data and token settings, cards, statistics, the run's step
-    action_tokenizer.json  text.model
-    SHA256SUMS             of all files, in the format of the sha256sum program
+params.safetensors     parameters by path (EMA where one was kept)
+policy.json            model, data and token settings, cards, statistics, the run's step
+action_tokenizer.json  text.model
+SHA256SUMS             of all files, in the format of the sha256sum program
 """
 
 from __future__ import annotations
@@ -43,8 +43,14 @@ def export(workdir: str | Path, out: str | Path, *, step: int | None = None) -> 
     (out / "action_tokenizer.json").write_text(json.dumps(meta.action_tokenizer))
     (out / "text.model").write_bytes(base64.b64decode(meta.text_model))
     body = {
-        "format": FORMAT, "vla_jax": __version__, "step": step, "config": meta.config, "vocab": meta.vocab, "state_dim": meta.state_dim,
-        "cards": meta.cards, "stats": meta.stats,
+        "format": FORMAT,
+        "vla_jax": __version__,
+        "step": step,
+        "config": meta.config,
+        "vocab": meta.vocab,
+        "state_dim": meta.state_dim,
+        "cards": meta.cards,
+        "stats": meta.stats,
     }
     (out / "policy.json").write_text(json.dumps(body, indent=1))
     files = sorted(p for p in out.iterdir() if p.name != "SHA256SUMS")

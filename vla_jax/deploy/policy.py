@@ -49,7 +49,8 @@ class Policy:
         """What to send and what comes back, for people and for checks."""
         shape = [self.image_size, self.image_size, 3]
         return {
-            "robot": self.card.robot, "control_hz": self.card.control_hz,
+            "robot": self.card.robot,
+            "control_hz": self.card.control_hz,
             "images": {v: f"uint8 RGB [h, w, 3], resized to {shape}" for v in self.views},
             "state": [dataclasses.asdict(d) for d in self.card.state.dims],
             "action": {"steps": self.steps, "dims": [dataclasses.asdict(d) for d in self.card.action.dims]},
@@ -75,14 +76,16 @@ class Policy:
             raise ValueError(f"observation lacks {', '.join(missing)}; expected: {self.spec()}")
         state = np.asarray(observation["state"], np.float32)
         if state.shape != (len(self.card.state.dims),) or not np.isfinite(state).all():
-            raise ValueError(f"state must be {len(self.card.state.dims)} finite numbers ({', '.join(d.name for d in self.card.state.dims)}), got shape {state.shape}")
+            raise ValueError(
+                f"state must be {len(self.card.state.dims)} finite numbers ({', '.join(d.name for d in self.card.state.dims)}), got shape {state.shape}"
+            )
         pixels = []
         for view in self.views:
             image = np.asarray(observation["images"][view])
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"image {view!r} must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
             pixels.append(images.resize(image, self.image_size))
-        prompt = self.layout.prompt(self.card.name, self.card.control_hz, str(observation["prompt"]))
+        prompt = self.layout.prompt(self.card.name, str(observation["prompt"]))
         return Request(pixels, self.state.normalize(state), prompt, self.steps, len(self.card.action.dims))
 
 
@@ -91,19 +94,30 @@ def load_all(folder: str | Path) -> dict[str, Policy]:
     body, params, folder = export.read(folder)
     config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
     layout = Layout(
-        text.load(str(folder / "text.model")), actions.load(folder / "action_tokenizer.json"),
-        presets.tokens_per_image(config.model.preset, config.data.image_size), config.tokens.state == "continuous",
+        text.load(str(folder / "text.model")),
+        actions.load(folder / "action_tokenizer.json"),
+        presets.tokens_per_image(config.model.preset, config.data.image_size),
+        config.tokens.state == "continuous",
     )
     cfg = presets.resolve(
-        config.model.preset, vocab=body["vocab"], image_size=config.data.image_size, state_dim=body["state_dim"],
-        dtype=config.model.dtype, remat="none",
+        config.model.preset,
+        vocab=body["vocab"],
+        image_size=config.data.image_size,
+        state_dim=body["state_dim"],
+        dtype=config.model.dtype,
+        remat="none",
     )
     actor, out = Actor(cfg, layout, params), {}
     for raw, numbers in zip(body["cards"], body["stats"]):
         card, s = cards.from_dict(raw, where=str(folder / "policy.json")), stats.from_json(numbers)
         out[card.name] = Policy(
-            card=card, views=tuple(v for v in config.data.views if v in card.views),
-            steps=sample.chunk_steps(card.control_hz, config.data.chunk_s, config.data.max_chunk), image_size=config.data.image_size,
-            state=Normalizer.make(s["state"], card.state.dims), action=Normalizer.make(s["action"], card.action.dims), layout=layout, actor=actor,
+            card=card,
+            views=tuple(v for v in config.data.views if v in card.views),
+            steps=sample.chunk_steps(card.control_hz, config.data.chunk_s, config.data.max_chunk),
+            image_size=config.data.image_size,
+            state=Normalizer.make(s["state"], card.state.dims),
+            action=Normalizer.make(s["action"], card.action.dims),
+            layout=layout,
+            actor=actor,
         )
     return out

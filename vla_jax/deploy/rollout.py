@@ -22,7 +22,9 @@ class Outcome:
     frames: list[np.ndarray]
 
 
-def rollouts(policy: Policy, make_env: Callable[[], object], seeds: Sequence[int], *, max_steps: int, execute: float = 0.5, film: int = 0) -> list[Outcome]:
+def rollouts(
+    policy: Policy, make_env: Callable[[], object], seeds: Sequence[int], *, max_steps: int, execute: float = 0.5, film: int = 0
+) -> list[Outcome]:
     """Runs one episode per seed, all at once, so that each replanning is one batch for the model.
 
     An environment has reset(seed) and step(action), both returning an observation as Policy.act takes it, `success`, and

@@ -36,8 +36,12 @@ class Actor:
         first = layout.action_offset
         self._generate = jax.jit(
             functools.partial(
-                decode.generate, cfg, lengths=layout.action.lengths, first=first,
-                last=first + layout.action.vocab_size, eos=layout.text.eos,
+                decode.generate,
+                cfg,
+                lengths=layout.action.lengths,
+                first=first,
+                last=first + layout.action.vocab_size,
+                eos=layout.text.eos,
             ),
             static_argnames=("steps",),
         )
@@ -68,6 +72,16 @@ class Actor:
                 images[i, j] = image
         position = np.broadcast_to(np.arange(n, dtype=np.int32), (rows, n))
         return Batch(
-            images=images, tokens=tokens, segment=segment, position=position, block=np.zeros((rows, n), np.int32), state=state,
-            target=None, loss_weight=None, actions=None, action_mask=None, dataset=None, sample_id=None,
+            images=images,
+            tokens=tokens,
+            segment=segment,
+            position=position,
+            block=np.zeros((rows, n), np.int32),
+            state=state,
+            target=None,
+            loss_weight=None,
+            actions=None,
+            action_mask=None,
+            dataset=None,
+            sample_id=None,
         )

@@ -38,7 +38,7 @@ class _VLA(nn.Module):
     def embed(self, images, tokens, segment, state):
         """Puts image tokens and states where their placeholders stand: the i-th IMAGE of a row is the i-th image token."""
         b, m = images.shape[:2]
-        x = self.llm.embed(jnp.maximum(tokens, 0))
+        x = constrain(self.llm.embed(jnp.maximum(tokens, 0)), ("batch", None, None))
         encoded = self.img(images.reshape(b * m, *images.shape[2:]))
         encoded = constrain(encoded.reshape(b, -1, encoded.shape[-1]), ("batch", None, None))
         is_image = tokens == IMAGE

@@ -1,9 +1,9 @@
 """The closed loop: reset to a seeded scene, act, observe.
 
-    env = TabletopEnv("tabletop_arm")
-    obs = env.reset(EVAL_SEED + 7)
-    while not env.success and env.steps < ROBOTS["tabletop_arm"].max_steps:
-        obs = env.step(policy(obs))
+env = TabletopEnv("tabletop_arm")
+obs = env.reset(EVAL_SEED + 7)
+while not env.success and env.steps < ROBOTS["tabletop_arm"].max_steps:
+    obs = env.step(policy(obs))
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class TabletopEnv:
     robot units, in the order of `ROBOTS[robot].state_dims` and `.action_dims`.
     """
 
-    def __init__(self, robot: str):
+    def __init__(self, robot: str, *, blocks: int = 1):
         if robot not in ROBOTS:
             raise ValueError(f"no robot called {robot!r}; there are {', '.join(ROBOTS)}")
-        self.name, self.robot, self.steps = robot, ROBOTS[robot], 0
+        self.name, self.robot, self.steps, self._blocks = robot, ROBOTS[robot], 0, blocks
         self._scene = None
 
     def reset(self, seed: int) -> dict[str, Any]:
         """A new scene, instruction and start pose. Robots given the same seed get the same scene and instruction."""
         home = np.array(self.robot.home)
-        self._scene, self._task = world.draw(np.random.default_rng([seed, 0]), len(home))
+        self._scene, self._task = world.draw(np.random.default_rng([seed, 0]), len(home), blocks=self._blocks)
         spread = np.random.default_rng([seed, 1]).uniform(-1.0, 1.0, home.shape) * self.robot.start_spread
         self._q = self.robot.inverse(on_table(home + spread))
         self.steps = 0

@@ -94,10 +94,7 @@ def example(robot: str, seed: int, episode: int) -> dict[str, Any]:
     steps = []
     for t, step in enumerate(recorded):
         seen, last = step["observation"], t == len(recorded) - 1
-        images = {
-            IMAGE_KEYS[view]: io.BytesIO(encode(image, ROBOTS[robot].image_format))
-            for view, image in seen["images"].items()
-        }
+        images = {IMAGE_KEYS[view]: io.BytesIO(encode(image, ROBOTS[robot].image_format)) for view, image in seen["images"].items()}
         steps.append(
             {
                 "observation": {**images, "state": seen["state"]},
@@ -121,8 +118,7 @@ def features_of(robot: Robot) -> Any:
         return features.Tensor(shape=(len(names),), dtype=np.float32)
 
     images = {
-        IMAGE_KEYS[view]: features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format=robot.image_format)
-        for view in robot.views
+        IMAGE_KEYS[view]: features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format=robot.image_format) for view in robot.views
     }
     step = {
         "observation": features.FeaturesDict({**images, "state": numbers(robot.state_dims)}),
@@ -158,9 +154,7 @@ def record(out: str, robot: str, *, episodes: int, seed: int) -> None:
     )
     info.set_file_format(file_adapters.FileFormat.TFRECORD)
     os.makedirs(info.data_dir)
-    files = naming.ShardedFileTemplate(
-        dataset_name=robot, data_dir=info.data_dir, split="train", filetype_suffix="tfrecord"
-    )
+    files = naming.ShardedFileTemplate(dataset_name=robot, data_dir=info.data_dir, split="train", filetype_suffix="tfrecord")
     shards = writer.Writer(
         serializer=example_serializer.ExampleSerializer(features.get_serialized_info()),
         filename_template=files,

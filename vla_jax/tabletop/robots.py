@@ -92,13 +92,14 @@ def bimanual_move(q: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def slider_command(q: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """A fixed share of what is left of the way, so that the action is nearly linear in where things are."""
-    return step_towards(q, q + 0.35 * (target - q), SLIDER_MAX) - q
+    """Straight on at a steady speed along each axis until there: most steps then say plainly where the target lies,
+    where a share of the remaining way would mostly be small numbers."""
+    return np.clip(target - q, -0.06, 0.06)
 
 
 def arm_command(q: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The same in joint space."""
-    return np.clip(0.2 * (arm_inverse(target) - q), -ARM_MAX, ARM_MAX)
+    return np.clip(arm_inverse(target) - q, -0.12, 0.12)
 
 
 ROBOTS: dict[str, Robot] = {

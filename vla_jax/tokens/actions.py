@@ -100,7 +100,13 @@ class FastTokenizer:
         return np.array([len(e) for e in self._expanded], np.int32)
 
     def to_json(self) -> dict:
-        body = {"format": FORMAT, "scale": self.scale, "min_coef": self.min_coef, "max_coef": self.max_coef, "merges": [list(m) for m in self.merges]}
+        body = {
+            "format": FORMAT,
+            "scale": self.scale,
+            "min_coef": self.min_coef,
+            "max_coef": self.max_coef,
+            "merges": [list(m) for m in self.merges],
+        }
         return {**body, "digest": _digest(body)}
 
 
@@ -161,7 +167,9 @@ def fit(chunks, *, vocab_size: int, scale: float, margin: int = 2) -> FastTokeni
     low, high = min(int(r.min()) for r in rows) - margin, max(int(r.max()) for r in rows) + margin
     alphabet = high - low + 1
     if alphabet > vocab_size:
-        raise UserError(f"action_vocab {vocab_size} is below the {alphabet} coefficients in use at scale {scale:g}. Raise tokens.action_vocab or lower tokens.action_scale.")
+        raise UserError(
+            f"action_vocab {vocab_size} is below the {alphabet} coefficients in use at scale {scale:g}. Raise tokens.action_vocab or lower tokens.action_scale."
+        )
     counts = collections.Counter(tuple((r - low).tolist()) for r in rows)
     return FastTokenizer(scale, low, high, tuple(_learn(counts, alphabet, vocab_size)))
 

@@ -35,7 +35,7 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Layout `native`: the prompt says which robot acts and how often, and action ids have a range of their own behind
+    """Layout `native`: the prompt says which robot acts, and action ids have a range of their own behind
     the text vocabulary: id of action token t = text.vocab_size + t; the sequence ends with the text's EOS."""
 
     text: TextTokenizer
@@ -52,9 +52,9 @@ class Layout:
         """Ids in use."""
         return self.text.vocab_size + self.action.vocab_size
 
-    def prompt(self, robot: str, control_hz: float, instruction: str) -> str:
+    def prompt(self, robot: str, instruction: str) -> str:
         task = " ".join(instruction.strip().lower().replace("_", " ").split())
-        return f"{robot}, {control_hz:g} Hz: {task}\n"
+        return f"{robot}: {task}\n"
 
     def prefix(self, *, images: int, prompt: str) -> np.ndarray:
         """i32[n] of the part that is given when acting."""

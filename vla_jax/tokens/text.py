@@ -76,9 +76,23 @@ def train_default(*, vocab_size: int = 1024) -> bytes:
 
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_corpus()), model_writer=out, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, normalization_rule_name="identity", add_dummy_prefix=False, split_digits=True,
-        remove_extra_whitespaces=False, user_defined_symbols=["\n"], num_threads=1, minloglevel=2, hard_vocab_limit=False,
+        sentence_iterator=iter(_corpus()),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        split_digits=True,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"],
+        num_threads=1,
+        minloglevel=2,
+        hard_vocab_limit=False,
     )
     return out.getvalue()
 
@@ -87,14 +101,39 @@ def _corpus() -> list[str]:
     objects = """red block,green block,blue block,yellow block,bowl,cup,mug,plate,pot,pan,lid,spoon,fork,knife,carrot,banana,apple,
         orange,lemon,corn,eggplant,bread,cheese,can,bottle,sponge,towel,cloth,drawer,cabinet,door,microwave,oven,sink,drying rack,
         counter,table,shelf,basket,box,tray,button,lever,switch,faucet,stove,toy,ball,cube,peg,hole,cable,screwdriver,hammer,
-        book,pen,marker,sock,shirt,trash bin,brush,bag,handle,burger,toaster,kettle,cucumber,mushroom,potato,sushi,strawberry""".replace("\n", "").split(",")
+        book,pen,marker,sock,shirt,trash bin,brush,bag,handle,burger,toaster,kettle,cucumber,mushroom,potato,sushi,strawberry""".replace(
+        "\n", ""
+    ).split(",")
     objects = [o.strip() for o in objects]
-    verbs = "pick up,put down,grasp,push,pull,open,close,lift,turn,rotate,flip,wipe,press,touch,slide,fold,unfold,pour,place,stack,hold,release,reach,knock over,sweep".split(",")
-    places = "left of,right of,in front of,behind,on top of,inside,into,next to,above,below,under,near,to the left of,to the right of,from,on,in".split(",")
+    verbs = "pick up,put down,grasp,push,pull,open,close,lift,turn,rotate,flip,wipe,press,touch,slide,fold,unfold,pour,place,stack,hold,release,reach,knock over,sweep".split(
+        ","
+    )
+    places = "left of,right of,in front of,behind,on top of,inside,into,next to,above,below,under,near,to the left of,to the right of,from,on,in".split(
+        ","
+    )
     lines = [f"{v} the {o}" for v, o in itertools.product(verbs, objects)]
-    lines += [f"{v} the {a} {p} the {b}" for v, p in itertools.product(("move", "put", "place"), places) for a, b in zip(objects, objects[7:] + objects[:7])]
-    lines += [f"Robot: {r}, {hz} Hz. Task: {t};\nAction: " for (r, hz), t in zip(itertools.cycle((
-        ("tabletop_slider", 5), ("tabletop_arm", 10), ("tabletop_bimanual", 20), ("bridge_dataset", 5), ("droid", 15), ("fractal", 3), ("kuka", 10))), lines * 2)]
+    lines += [
+        f"{v} the {a} {p} the {b}"
+        for v, p in itertools.product(("move", "put", "place"), places)
+        for a, b in zip(objects, objects[7:] + objects[:7])
+    ]
+    lines += [
+        f"Robot: {r}, {hz} Hz. Task: {t};\nAction: "
+        for (r, hz), t in zip(
+            itertools.cycle(
+                (
+                    ("tabletop_slider", 5),
+                    ("tabletop_arm", 10),
+                    ("tabletop_bimanual", 20),
+                    ("bridge_dataset", 5),
+                    ("droid", 15),
+                    ("fractal", 3),
+                    ("kuka", 10),
+                )
+            ),
+            lines * 2,
+        )
+    ]
     lines += [f"Task: {t}, State: {i % 256} {i * 7 % 256} {i * 31 % 256};\nAction: " for i, t in enumerate(lines[:600])]
     return lines
 

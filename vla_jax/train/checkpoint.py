@@ -65,7 +65,9 @@ class Checkpointer:
         try:
             tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
         except (ValueError, KeyError) as e:
-            raise UserError(f"the checkpoint {self.path}/{step} belongs to another model: {str(e).splitlines()[0]}. Use another --workdir.") from e
+            raise UserError(
+                f"the checkpoint {self.path}/{step} belongs to another model: {str(e).splitlines()[0]}. Use another --workdir."
+            ) from e
         return TrainState(**tree)
 
     def params(self, step: int) -> dict:
@@ -90,4 +92,6 @@ def check_same_run(meta: Meta, config: configs.Config, where: Path, fingerprint:
         changed = [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
         raise UserError(f"{where} holds a run with another config ({'; '.join(changed[:6])}). Use another --workdir, or the same config.")
     if meta.mixture != fingerprint and not config.train.allow_new_mixture:
-        raise UserError(f"the data changed since {where} was written (mixture {meta.mixture} -> {fingerprint}). Set --config.train.allow_new_mixture=true to go on with the new data from its start.")
+        raise UserError(
+            f"the data changed since {where} was written (mixture {meta.mixture} -> {fingerprint}). Set --config.train.allow_new_mixture=true to go on with the new data from its start."
+        )

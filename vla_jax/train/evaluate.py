@@ -12,6 +12,35 @@ from vla_jax.data.source import Source
 from vla_jax.data.stream import Stream
 from vla_jax.models.act import Actor, Request
 from vla_jax.models.presets import VLAConfig
+from vla_jax.types import UserError
+
+
+def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[str, dict]:
+    """Everything about the newest checkpoint of a run: {dataset: {nll, accuracy, targets, mae, baseline, valid}}."""
+    from vla_jax.train import checkpoint, loop, optim, state, step  # loop imports this module
+
+    ready = loop.prepare(config, workdir, where=where)
+    if not (ready.workdir / "checkpoints").is_dir():
+        raise UserError(f"{ready.workdir} holds no run: there is no folder checkpoints/ in it.")
+    tx, names = optim.make(config.train), ready.source.names
+    abstract, place = state.shardings(ready.cfg, tx, ready.mesh, with_ema=config.train.ema > 0)
+    saved = checkpoint.Checkpointer(ready.workdir, read_only=True)
+    try:
+        latest = saved.latest()
+        if latest is None:
+            raise UserError(f"{ready.workdir}/checkpoints holds no finished checkpoint yet.")
+        checkpoint.check_same_run(saved.meta(latest), config, saved.path, ready.source.fingerprint())
+        current = saved.restore(latest, abstract, place)
+    finally:
+        saved.close()
+    params, held_out = current.ema or current.params, ready.source.held_out()
+    eval_step = step.make_eval_step(config, ready.cfg, ready.mesh, place.params, datasets=len(names))
+    with jax.set_mesh(ready.mesh):
+        out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
+    for name, found in action_errors(ready.cfg, held_out, params, frames=frames).items():
+        found.pop("example")
+        out.setdefault(name, {}).update(found)
+    return {"step": latest, **out}
 
 
 def token_metrics(config: Config, source: Source, eval_step, params, mesh, *, batches: int) -> dict[str, dict[str, float]]:
@@ -70,8 +99,10 @@ def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, b
                 if example is None or (ok and keep.all()):
                     example = (s.actions, predicted)
         out[index.card.name] = {
-            "mae": _by_unit(errors, index.card.action.dims), "baseline": _by_unit(baseline, index.card.action.dims),
-            "valid": float(np.mean(valid)), "example": example,
+            "mae": _by_unit(errors, index.card.action.dims),
+            "baseline": _by_unit(baseline, index.card.action.dims),
+            "valid": float(np.mean(valid)),
+            "example": example,
         }
     reader.close()
     return out
@@ -81,15 +112,25 @@ def request(source: Source, dataset: int, s) -> Request:
     """A sample's observation, as the actor takes it."""
     card = source.indexes[dataset].card
     return Request(
-        list(s.images.values()), source.normalizers[dataset]["state"].normalize(s.state),
-        source.layout.prompt(card.name, card.control_hz, s.prompt), len(s.actions), s.actions.shape[1],
+        list(s.images.values()),
+        source.normalizers[dataset]["state"].normalize(s.state),
+        source.layout.prompt(card.name, s.prompt),
+        len(s.actions),
+        s.actions.shape[1],
     )
 
 
 def _sample(source: Source, dataset: int, frame: int, reader):
     c = source.config.data
     return sample.make(
-        source.indexes[dataset], frame, steps=source.steps(dataset), dataset=dataset, sample_id=0, size=c.image_size, wanted=c.views, reader=reader
+        source.indexes[dataset],
+        frame,
+        steps=source.steps(dataset),
+        dataset=dataset,
+        sample_id=0,
+        size=c.image_size,
+        wanted=c.views,
+        reader=reader,
     )
 
 

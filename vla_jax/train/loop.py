@@ -44,8 +44,12 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
     source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json")
     cfg = presets.resolve(
-        config.model.preset, vocab=source.layout.vocab_size, image_size=config.data.image_size,
-        state_dim=source.shape[2] if source.layout.state else 0, dtype=config.model.dtype, remat=config.model.remat,
+        config.model.preset,
+        vocab=source.layout.vocab_size,
+        image_size=config.data.image_size,
+        state_dim=source.shape[2] if source.layout.state else 0,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
     )
     distributed.agree("config", config.digest())
     distributed.agree("data", source.fingerprint())
@@ -90,7 +94,11 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
             if now % t.log_every == 0 or now == t.steps:
                 values = _readable(measured, names)
                 elapsed, steps = time.perf_counter() - since, now - at
-                values |= {"step_s": elapsed / steps, "data_wait_share": waited / elapsed, "slots_used": values["tokens"] / (config.pack.rows * config.pack.length)}
+                values |= {
+                    "step_s": elapsed / steps,
+                    "data_wait_share": waited / elapsed,
+                    "slots_used": values["tokens"] / (config.pack.rows * config.pack.length),
+                }
                 values |= {"skipped": {f"{d}: {why}": n for (d, why), n in stream.skipped.items()}}
                 writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}")
                 since, waited, at = time.perf_counter(), 0.0, now
@@ -113,9 +121,14 @@ def _readable(measured: dict, names: tuple[str, ...]) -> dict:
 def _meta(run: Run, flow: np.ndarray) -> Meta:
     source = run.source
     return Meta(
-        config=json.loads(json.dumps(dataclasses.asdict(run.config))), digest=run.config.digest(), mixture=source.fingerprint(),
+        config=json.loads(json.dumps(dataclasses.asdict(run.config))),
+        digest=run.config.digest(),
+        mixture=source.fingerprint(),
         cards=[json.loads(json.dumps(dataclasses.asdict(ix.card))) for ix in source.indexes],
-        stats=[stats.to_json(s) for s in source.statistics], action_tokenizer=source.layout.action.to_json(),
-        text_model=base64.b64encode(source.layout.text.model).decode(), vocab=source.layout.vocab_size,
-        state_dim=run.cfg.state_dim, stream=flow.tolist(),
+        stats=[stats.to_json(s) for s in source.statistics],
+        action_tokenizer=source.layout.action.to_json(),
+        text_model=base64.b64encode(source.layout.text.model).decode(),
+        vocab=source.layout.vocab_size,
+        state_dim=run.cfg.state_dim,
+        stream=flow.tolist(),
     )

@@ -19,7 +19,7 @@ def token_loss(hidden, table, target, weight, *, targets: int) -> dict:
     labels = jnp.take_along_axis(target, position, axis=1)
     size = min(CHUNK, targets)
     pad = -targets % size
-    split = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    split = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint  # logits are made again in the backward pass instead of being kept
     def chunk(args):
@@ -30,7 +30,7 @@ def token_loss(hidden, table, target, weight, *, targets: int) -> dict:
         return nll, jnp.argmax(logits, axis=-1) == labels
 
     nll, correct = jax.lax.map(chunk, (split(h), split(labels)))
-    join = lambda x: x.swapaxes(0, 1).reshape(len(h), -1)[:, :targets]  # noqa: E731
+    join = lambda x: x.swapaxes(0, 1).reshape(len(h), -1)[:, :targets]
     return {"nll": join(nll), "correct": join(correct), "weight": weight, "position": position}
 
 
@@ -40,8 +40,11 @@ def per_dataset(loss: dict, segment, dataset, count: int) -> dict:
     of = jnp.take_along_axis(dataset, jnp.maximum(owner, 0), axis=1)
     real = (loss["weight"] > 0).astype(jnp.float32)
     onehot = jax.nn.one_hot(jnp.where(real > 0, of, -1), count)
-    total = lambda x: jnp.einsum("bt,btc->c", x, onehot)  # noqa: E731
+    total = lambda x: jnp.einsum("bt,btc->c", x, onehot)
     return {
-        "loss_sum": total(loss["nll"] * loss["weight"]), "weight": total(loss["weight"]),
-        "nll_sum": total(loss["nll"] * real), "correct": total(loss["correct"] * real), "targets": total(real),
+        "loss_sum": total(loss["nll"] * loss["weight"]),
+        "weight": total(loss["weight"]),
+        "nll_sum": total(loss["nll"] * real),
+        "correct": total(loss["correct"] * real),
+        "targets": total(real),
     }

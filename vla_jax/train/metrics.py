@@ -24,7 +24,9 @@ class Writer:
             self._file = open(workdir / "metrics.jsonl", "a")
             self._board = SummaryWriter(str(workdir / "tensorboard"))
             # in a log file one line every ten seconds is enough
-            self._bar = tqdm(total=last, initial=first, unit="step", disable=quiet, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
+            self._bar = tqdm(
+                total=last, initial=first, unit="step", disable=quiet, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10
+            )
 
     def __enter__(self) -> Writer:
         return self

@@ -29,7 +29,10 @@ def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_em
     abstract = jax.eval_shape(lambda: _init(cfg, tx, 0, with_ema))
     axes = vla.logical_axes(cfg)
     specs = jax.tree.map(
-        lambda p, a: NamedSharding(mesh, RULES.spec(a, p.shape, mesh)), abstract.params, axes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)
+        lambda p, a: NamedSharding(mesh, RULES.spec(a, p.shape, mesh)),
+        abstract.params,
+        axes,
+        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct),
     )
     whole = NamedSharding(mesh, PartitionSpec())
     opt = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, specs, transform_non_params=lambda _: whole)

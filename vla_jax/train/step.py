@@ -38,8 +38,13 @@ def make_train_step(config: Config, cfg: VLAConfig, tx: optax.GradientTransforma
         if ema is not None:
             ema = jax.tree.map(lambda e, p: e + (1 - config.train.ema) * (p - e), ema, params)
         metrics = {
-            "loss": loss, "grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params), "lr": rate(state.step),
-            "tokens": (batch.segment > 0).sum(), "samples": (batch.dataset >= 0).sum(), "datasets": sums,
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "lr": rate(state.step),
+            "tokens": (batch.segment > 0).sum(),
+            "samples": (batch.dataset >= 0).sum(),
+            "datasets": sums,
         }
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         return new, metrics

@@ -1,0 +1,56 @@
+"""Eight virtual CPU devices for everything that shards, the real sample where it is present, and one recorded tabletop set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that holds bridge_dataset/1.0.0."""
+    root = Path(os.environ.get("VLA_REAL_DATA") or REPO.parent / "shared" / "data")
+    if not (root / "bridge_dataset" / "1.0.0").is_dir():
+        pytest.skip(f"the BridgeData V2 sample is not at {root}; set VLA_REAL_DATA to the folder that holds bridge_dataset/")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tabletop(tmp_path_factory) -> Path:
+    """A few episodes of each tabletop robot, written by the real TFDS writer."""
+    out = tmp_path_factory.mktemp("tabletop") / "data"
+    command = [sys.executable, "-m", "vla_jax.tabletop.record", str(out), "--episodes", "12", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.fixture
+def tiny(tabletop, tmp_path_factory):
+    """load(*overrides) -> Config of a tiny model on the tabletop mixture."""
+    from vla_jax import config
+
+    index = tmp_path_factory.getbasetemp() / "index"
+    small = [
+        f"data.root={tabletop}",
+        f"data.index_dir={index}",
+        "data.holdout=0.2",
+        "model.preset=tiny",
+        "pack.rows=8",
+        "pack.group=2",
+        "pack.length=96",
+        "pack.images=4",
+        "pack.targets=64",
+        "train.warmup=2",
+        "train.eval_batches=1",
+        "mesh.data=-1",
+        "mesh.fsdp=2",
+    ]
+    return lambda *overrides: config.load("configs/demo.py", [*small, *overrides])[0]

@@ -1,0 +1,73 @@
+import copy
+
+import numpy as np
+import pytest
+import yaml
+
+from vla_jax import paths
+from vla_jax.data import cards, mixture, stats
+from vla_jax.types import Dim, UserError
+
+RAW = yaml.safe_load((paths.assets("data") / "cards" / "bridge_dataset.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", cards.names())
+def test_every_card_loads(name):
+    card = cards.load(name)
+    assert card.name == name and card.keys()
+
+
+@pytest.mark.parametrize("path", sorted((paths.assets("data") / "mixtures").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_mixture_loads(path):
+    assert mixture.load(path.stem).cards
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("robot"), "missing fields ['robot']"),
+        (lambda r: r.update(colour="red"), "unknown fields ['colour']"),
+        (lambda r: r.update(control_hz=0), "control_hz is 0"),
+        (lambda r: r["action"]["dims"][0].update(unit="inch"), "action.dims[0].unit is 'inch'; allowed: m, rad"),
+        (lambda r: r["action"]["ops"].append({"multiply": 2}), "an op is one of: pick"),
+        (lambda r: r["action"]["ops"].append({"scale": {"dims": [0]}}), "scale needs exactly ['by', 'dims']"),
+    ],
+)
+def test_faults_are_named(change, message):
+    raw = copy.deepcopy(RAW)
+    change(raw)
+    with pytest.raises(UserError) as e:
+        cards.from_dict(raw, where="card.yaml")
+    assert message in str(e.value) and "card.yaml" in str(e.value)
+
+
+def test_digest_changes_with_meaning_only():
+    base = cards.from_dict(RAW, where="x").digest
+    assert cards.from_dict({**RAW, "citation": "other"}, where="x").digest == base
+    assert cards.from_dict({**RAW, "control_hz": 6}, where="x").digest != base
+
+
+def test_card_against_features(real_data):
+    directory = real_data / "bridge_dataset" / "1.0.0"
+    cards.check(cards.load("bridge_dataset"), directory)
+    raw = copy.deepcopy(RAW)
+    raw["views"]["base"] = "observation/image_9"
+    with pytest.raises(UserError, match="key 'observation/image_9' is not in features.json"):
+        cards.check(cards.from_dict(raw, where="x"), directory)
+    raw = copy.deepcopy(RAW)
+    raw["action"]["dims"].pop()
+    with pytest.raises(UserError, match="action has 7 numbers after its ops but the card names 6 dims"):
+        cards.check(cards.from_dict(raw, where="x"), directory)
+
+
+def test_normalizer_round_trip_constant_and_binary():
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.normal(3, 2, 500), np.full(500, 0.7), rng.integers(0, 2, 500)], axis=1).astype(np.float32)
+    dims = tuple(Dim(n, "1", "base", k) for n, k in (("a", "absolute"), ("c", "absolute"), ("g", "binary")))
+    n = stats.Normalizer.make(stats.of(x), dims)
+    y = n.normalize(x)
+    assert np.isfinite(y).all() and (y[:, 1] == 0).all() and set(y[:, 2]) == {-1.0, 1.0}
+    inside = np.abs(y[:, 0]) < n.limit
+    np.testing.assert_allclose(n.denormalize(y)[inside], x[inside], atol=1e-5)
+    q01, q99 = np.quantile(x[:, 0].astype(np.float64), [0.01, 0.99])
+    np.testing.assert_allclose(n.denormalize(np.array([[-1, 0, -1], [1, 0, 1]]))[:, 0], [q01, q99], rtol=1e-6)

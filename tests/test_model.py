@@ -1,0 +1,169 @@
+"""Counts, packing and decoding of the model. Everything in float32, tiny sizes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax import tree
+from vla_jax.data import feed
+from vla_jax.models import decode, presets, vla
+from vla_jax.types import Batch, UserError
+
+assert feed  # registers Batch as a pytree
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return presets.resolve("tiny", vocab=300, image_size=32, state_dim=3, dtype="float32", remat="none")
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    return vla.init(cfg, jax.random.key(0))
+
+
+def test_3b_is_paligemma_by_name_shape_and_count():
+    cfg = presets.resolve("3b", vocab=257152, image_size=224, state_dim=0, dtype="bfloat16", remat="full")
+    leaves = tree.flatten(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))
+    assert len(leaves) == 32 and sum(x.size for x in leaves.values()) == 2_923_335_408
+    expected = {
+        "img/embedding/kernel": (14, 14, 3, 1152),
+        "img/pos_embedding": (1, 256, 1152),
+        "img/head/kernel": (1152, 2048),
+        "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel": (27, 1152, 16, 72),
+        "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel": (27, 1152, 4304),
+        "llm/embedder/input_embedding": (257152, 2048),
+        "llm/final_norm/scale": (2048,),
+        "llm/layers/attn/q_einsum/w": (18, 8, 2048, 256),
+        "llm/layers/attn/kv_einsum/w": (18, 2, 1, 2048, 256),
+        "llm/layers/attn/attn_vec_einsum/w": (18, 8, 256, 2048),
+        "llm/layers/mlp/gating_einsum": (18, 2, 2048, 16384),
+        "llm/layers/mlp/linear": (18, 16384, 2048),
+    }
+    assert {k: leaves[k].shape for k in expected} == expected
+
+
+def test_every_leaf_has_logical_axes(cfg, params):
+    axes, leaves = tree.flatten(vla.logical_axes(cfg)), tree.flatten(params)
+    assert axes.keys() == leaves.keys()
+    assert all(len(axes[k]) == leaves[k].ndim for k in leaves)
+
+
+def row(cfg, rng, n, *, prefix):
+    """One sample of n tokens in which the first `tokens_per_image` are an image and then a state."""
+    per = cfg.tokens_per_image
+    tokens = rng.integers(1, 290, n).astype(np.int32)
+    tokens[:per], tokens[per] = -1, -2
+    block = np.maximum(np.arange(n) - prefix + 1, 0).astype(np.int32)
+    return tokens, block, rng.integers(0, 255, (32, 32, 3), np.uint8), rng.normal(size=3).astype(np.float32)
+
+
+def batch_of(cfg, rows, n):
+    """Rows of samples, packed one after another."""
+    b, m = len(rows), max(len(r) for r in rows)
+    out = {k: np.zeros((b, n), np.int32) for k in ("tokens", "segment", "position", "block")}
+    images, state = np.zeros((b, m, 32, 32, 3), np.uint8), np.zeros((b, m, 3), np.float32)
+    for i, samples in enumerate(rows):
+        at = 0
+        for g, (tokens, block, image, s) in enumerate(samples):
+            span = slice(at, at + len(tokens))
+            out["tokens"][i, span], out["block"][i, span], out["segment"][i, span] = tokens, block, g + 1
+            out["position"][i, span] = np.arange(len(tokens))
+            images[i, g], state[i, g] = image, s
+            at += len(tokens)
+    rest = {f.name: None for f in dataclasses.fields(Batch) if f.name not in out}
+    return Batch(**{**rest, **out, "images": images, "state": state})
+
+
+def test_packed_rows_equal_the_same_samples_alone(cfg, params):
+    rng = np.random.default_rng(0)
+    samples = [row(cfg, rng, n, prefix=p) for n, p in ((12, 9), (15, 8), (10, 10))]
+    packed = np.asarray(vla.apply(cfg, params, batch_of(cfg, [samples], 48)))[0]
+    at = 0
+    for sample in samples:
+        alone = np.asarray(vla.apply(cfg, params, batch_of(cfg, [[sample]], 20)))[0]
+        n = len(sample[0])
+        np.testing.assert_allclose(packed[at : at + n], alone[:n], atol=2e-5)  # other summation order over masked slots
+        at += n
+
+
+def test_prefix_sees_itself_and_never_the_future(cfg, params):
+    rng = np.random.default_rng(1)
+    tokens, block, image, state = row(cfg, rng, 14, prefix=9)
+    base = np.asarray(vla.apply(cfg, params, batch_of(cfg, [[(tokens, block, image, state)]], 14)))[0]
+    late, early = tokens.copy(), tokens.copy()
+    late[12] += 1
+    early[8] += 1
+    changed = np.abs(np.asarray(vla.apply(cfg, params, batch_of(cfg, [[(late, block, image, state)]], 14)))[0] - base).max(-1)
+    assert (changed[:12] == 0).all() and (changed[12:] > 0).all()
+    changed = np.abs(np.asarray(vla.apply(cfg, params, batch_of(cfg, [[(early, block, image, state)]], 14)))[0] - base).max(-1)
+    assert (changed > 0).all()  # the whole prefix is bidirectional
+
+
+def test_image_and_state_reach_the_output(cfg, params):
+    rng = np.random.default_rng(2)
+    tokens, block, image, state = row(cfg, rng, 12, prefix=9)
+    run = lambda i, s: np.asarray(vla.apply(cfg, params, batch_of(cfg, [[(tokens, block, i, s)]], 12)))
+    base = run(image, state)
+    assert np.abs(run(255 - image, state) - base).max() > 1e-3 and np.abs(run(image, state + 1) - base).max() > 1e-3
+
+
+def test_cached_greedy_decoding_equals_teacher_forcing(cfg, params):
+    """Rows of different prefix lengths: each generated token is the argmax of a full forward pass over what precedes it."""
+    rng = np.random.default_rng(3)
+    first, last, eos, steps = 200, 280, 1, 12
+    lengths = rng.integers(1, 4, last - first).astype(np.int32)
+    lengths[0] = 1  # any budget can be used up
+    prefixes = [row(cfg, rng, n, prefix=n) for n in (9, 13, 11)]
+    budget = np.array([10, 7, 4], np.int32)
+    ids, ended = decode.generate(
+        cfg,
+        params,
+        batch_of(cfg, [[p] for p in prefixes], 16),
+        steps=steps,
+        lengths=lengths,
+        budget=budget,
+        first=first,
+        last=last,
+        eos=eos,
+    )
+    table = np.asarray(vla.embedding(params))
+    assert np.asarray(ended).all()
+    for i, (tokens, block, image, state) in enumerate(prefixes):
+        made, left = np.asarray(ids[i]), int(budget[i])
+        for t, token in enumerate(made):
+            if left == 0:
+                assert (made[t:] == eos).all()
+                break
+            seen = np.concatenate([tokens, made[:t]]).astype(np.int32)
+            blocks = np.concatenate([block, np.arange(1, t + 1)]).astype(np.int32)
+            h = np.asarray(vla.apply(cfg, params, batch_of(cfg, [[(seen, blocks, image, state)]], 32)))[0, len(seen) - 1]
+            scores = np.where(lengths <= left, h @ table[first:last].T, -np.inf)
+            best = scores.argmax() + first
+            assert token == best or scores[best - first] - scores[token - first] < 1e-4
+            left -= lengths[token - first]
+        assert left == 0
+
+
+def test_chunked_loss_equals_plain_log_softmax():
+    from vla_jax.train import losses
+
+    rng = np.random.default_rng(4)
+    hidden, table = rng.normal(size=(2, 20, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
+    target, weight = rng.integers(0, 50, (2, 20)).astype(np.int32), np.zeros((2, 20), np.float32)
+    weight[0, [3, 4, 9]], weight[1, [0, 19]] = [0.5, 0.25, 0.25], 0.5
+    found = losses.token_loss(jnp.asarray(hidden), jnp.asarray(table), target, weight, targets=7)
+    log_p = jax.nn.log_softmax(hidden @ table.T)
+    plain = -np.take_along_axis(np.asarray(log_p), target[..., None], -1)[..., 0] * weight
+    np.testing.assert_allclose((found["nll"] * found["weight"]).sum(), plain.sum(), rtol=1e-5)
+    by = losses.per_dataset(found, np.tile(np.repeat([1, 2], 10), (2, 1)), np.array([[0, 1], [2, 0]]), 3)
+    np.testing.assert_allclose(by["targets"], [4, 0, 1])
+    np.testing.assert_allclose(by["loss_sum"], [plain[0].sum() + plain[1, 10:].sum(), 0, plain[1, :10].sum()], rtol=1e-5)
+
+
+def test_image_size_must_fit_the_patch():
+    with pytest.raises(UserError, match="image_size 50 is not a multiple of the patch size 8 of preset debug. Nearest: 48"):
+        presets.tokens_per_image("debug", 50)

@@ -1,0 +1,160 @@
+"""Export, policy and closed loop."""
+
+import numpy as np
+import pytest
+
+from vla_jax import demo, tree
+from vla_jax.deploy import export, policy, rollout
+from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
+from vla_jax.train import checkpoint, loop
+from vla_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def exported(tabletop, tmp_path_factory):
+    from vla_jax import config
+
+    base = tmp_path_factory.mktemp("policy")
+    c, _ = config.load(
+        "configs/demo.py",
+        [
+            f"data.root={tabletop}",
+            f"data.index_dir={base / 'ix'}",
+            "data.holdout=0.2",
+            "model.preset=tiny",
+            "pack.rows=8",
+            "train.steps=2",
+            "train.eval_batches=1",
+            "mesh.data=8",
+            "mesh.fsdp=1",
+        ],
+    )
+    run = loop.prepare(c, base / "run")
+    state = loop.train(run, quiet=True)
+    return run, state, export.export(base / "run", base / "out")
+
+
+def test_weights_survive_bit_for_bit(exported):
+    _, state, out = exported
+    _, params, _ = export.read(out)
+    ours, theirs = tree.flatten(state.params), tree.flatten(params)
+    assert ours.keys() == theirs.keys() and all(np.array_equal(np.asarray(ours[k]), theirs[k]) for k in ours)
+
+
+def test_policy_undoes_what_the_data_side_did(exported):
+    """The policy's chunk is the model's own tokens, decoded and brought to robot units by hand."""
+    run, _, out = exported
+    env = TabletopEnv("tabletop_arm")
+    obs = env.reset(EVAL_SEED)
+    robot = policy.Policy.load(out, robot="tabletop_arm")
+    ((chunk, valid),) = robot.act([obs])
+    assert valid and chunk.shape == (5, 3) and set(np.unique(chunk[:, 2])) <= {0.0, 1.0}
+    d = run.source.names.index("tabletop_arm")
+    stats = run.source.statistics[d]["action"]
+    ((raw, _),) = robot.actor([robot._request(obs)])
+    by_hand = (raw[:, :2] + 1) / 2 * (stats.q99 - stats.q01)[:2] + stats.q01[:2]
+    np.testing.assert_allclose(chunk[:, :2], by_hand, rtol=1e-5, atol=1e-6)
+    # the observation itself is mapped as in training
+    state = (
+        2
+        * (obs["state"] - run.source.statistics[d]["state"].q01)
+        / (run.source.statistics[d]["state"].q99 - run.source.statistics[d]["state"].q01)
+        - 1
+    )
+    np.testing.assert_allclose(robot._request(obs).state, np.clip(state, -1.5, 1.5), atol=1e-5)
+
+
+def test_batched_answers_equal_single_ones(exported):
+    _, _, out = exported
+    robot = policy.Policy.load(out, robot="tabletop_slider")
+    observations = [TabletopEnv("tabletop_slider").reset(EVAL_SEED + i) for i in range(3)]
+    together = robot.act(observations)
+    for obs, (chunk, _) in zip(observations, together):
+        np.testing.assert_allclose(robot.act([obs])[0][0], chunk, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: o.pop("state"), "observation lacks state"),
+        (lambda o: o["images"].pop("wrist"), r"lacks images\['wrist'\]"),
+        (lambda o: o.update(state=np.zeros(5)), r"state must be 3 finite numbers \(q1, q2, gripper\), got shape \(5,\)"),
+        (lambda o: o.update(state=np.full(3, np.nan)), "finite"),
+        (lambda o: o["images"].update(base=np.zeros((48, 48, 3))), "must be uint8"),
+    ],
+)
+def test_wrong_observations_are_answered_with_what_was_expected(exported, change, message):
+    obs = TabletopEnv("tabletop_arm").reset(EVAL_SEED)
+    change(obs)
+    with pytest.raises(ValueError, match=message):
+        policy.Policy.load(exported[2], robot="tabletop_arm").act([obs])
+
+
+def test_unknown_robot_and_damage(exported, tmp_path):
+    import shutil
+
+    with pytest.raises(UserError, match="robot '' is not in .*; it has: tabletop_slider"):
+        policy.Policy.load(exported[2])
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[2], copy)
+    data = bytearray((copy / "params.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "params.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="params.safetensors is damaged"):
+        policy.Policy.load(copy, robot="tabletop_arm")
+    (copy / "SHA256SUMS").write_text("0  ../../etc/passwd\n")
+    with pytest.raises(UserError, match="not a file of this folder"):
+        policy.Policy.load(copy, robot="tabletop_arm")
+
+
+def test_expert_as_a_policy_succeeds_in_the_loop(exported):
+    """The rollout itself: driven by the scripted expert, chunk by chunk, it must succeed."""
+    envs = []
+
+    def make():
+        envs.append(TabletopEnv("tabletop_slider"))
+        return envs[-1]
+
+    class Expert:
+        steps = 2
+
+        def act(self, observations):
+            active = [e for e in envs if not e.success]
+            return [(np.tile(e.expert_action(), (2, 1)), True) for e in active[: len(observations)]]
+
+    out = rollout.rollouts(Expert(), make, range(EVAL_SEED, EVAL_SEED + 4), max_steps=60, film=1)
+    assert all(o.success for o in out) and len(out[0].frames) == out[0].steps + 1 and not out[1].frames
+
+
+def test_wilson_interval():
+    low, high = rollout.wilson(8, 10)
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)  # R: binom::binom.wilson(8, 10)
+    assert rollout.wilson(0, 20)[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_checkpoint_holds_all_that_a_policy_needs(exported):
+    run, _, _ = exported
+    saved = checkpoint.Checkpointer(run.workdir, read_only=True)
+    meta = saved.meta(saved.latest())
+    saved.close()
+    assert [c["name"] for c in meta.cards] == list(run.source.names) and len(meta.stats) == 3
+    assert meta.mixture == run.source.fingerprint() and meta.digest == run.config.digest()
+    assert len(meta.stream) == run.config.pack.rows // run.config.pack.group
+
+
+def test_demo_from_end_to_end_in_small(tmp_path):
+    """Every stage of `make demo`, with a few steps; its claims are the full demo's."""
+    import os
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vla_jax.cli", "demo", f"--workdir={tmp_path / 'd'}", "--steps=4", "--episodes=24", "--trials=2"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "untrained" in done.stdout and all(r in done.stdout for r in demo.ROBOTS)
+    assert (tmp_path / "d" / "demo.png").stat().st_size > 20_000

@@ -1,0 +1,270 @@
+"""The command line. Nothing heavy is imported before a command runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vla_jax import __version__, config
+from vla_jax.types import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 the user's error (one message, no traceback), 1 ours."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"vla-jax: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vla-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vla-jax data list | head`
+        sys.stderr.close()
+        return 0
+
+
+def _main(argv: list[str]) -> int:
+    args, overrides = _parse(argv)
+    if getattr(args, "takes_config", False):
+        args.config_spec = args.config
+        args.config, args.origin = config.load(args.config, overrides)
+    elif overrides:
+        raise UserError(f"{args.command} takes no --config.* overrides")
+    return args.run(args) or 0
+
+
+def _parse(argv: list[str]):
+    """Splits off `--config.x.y=z` (also `--config.x.y z`), which argparse cannot know, from the rest."""
+    overrides, rest, i = [], [], 0
+    while i < len(argv):
+        if argv[i].startswith("--config."):
+            item = argv[i].removeprefix("--config.")
+            if "=" not in item and i + 1 < len(argv):
+                i += 1
+                item = f"{item}={argv[i]}"
+            overrides.append(item)
+        else:
+            rest.append(argv[i])
+        i += 1
+    return _parser().parse_args(rest), overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code and the nearest known option in the message."""
+
+    def error(self, message: str):
+        import difflib
+
+        word = message.split()[-1] if "unrecognized" in message else ""
+        known = [o for a in self._actions for o in a.option_strings]
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+        raise UserError(f"{message}.{f' Did you mean {near[0]}?' if near else ''} See `{self.prog} --help`.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vla-jax", description="Pretraining of Vision-Language-Action models in JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, text, *, parent=commands, takes_config=False, workdir=False):
+        p = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
+        p.set_defaults(run=run, takes_config=takes_config)
+        if takes_config:
+            p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file; override its values with --config.x.y=z")
+        if workdir:
+            p.add_argument("--workdir", required=True, metavar="DIR", help="where the run is kept")
+        return p
+
+    command("train", _train, "train, or go on from the newest checkpoint in the workdir", takes_config=True, workdir=True)
+    p = command("eval", _eval, "token and action metrics of a run on held-out episodes", takes_config=True, workdir=True)
+    p.add_argument("--frames", type=int, default=64, help="held-out frames per dataset for the action error")
+    p = command("export", _export, "a checkpoint -> a folder that acts on its own")
+    p.add_argument("run_dir", metavar="RUN[@STEP]", help="the workdir of a run, and optionally a step of it")
+    p.add_argument("out", metavar="OUT")
+    command("config", _config, "print the resolved config and where each value comes from", takes_config=True)
+    p = command("demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
+    p.add_argument("--workdir", default="runs/demo", metavar="DIR")
+    p.add_argument("--steps", type=int, default=0, help="training steps; 0: as in configs/demo.py")
+    p.add_argument("--episodes", type=int, default=400, help="recorded per robot")
+    p.add_argument("--trials", type=int, default=32, help="closed-loop episodes per robot")
+    p = command("bench", _bench, "measure, as ratios against a ceiling of the same run")
+    p.add_argument("what", choices=["data", "step"])
+    p.set_defaults(takes_config=True)
+    p.add_argument("--config", required=True, metavar="FILE[:ARG]")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--out", default="", metavar="FILE", help="append the JSON line here")
+
+    data = commands.add_parser("data", help="cards, indexes, statistics").add_subparsers(dest="action", required=True, metavar="ACTION")
+    command("list", _data_list, "cards and mixtures that there are", parent=data)
+    for name, run, text in (
+        ("check", _data_check, "hold a card against a dataset's features.json"),
+        ("index", _data_index, "index the datasets of a card or mixture in place"),
+        ("stats", _data_stats, "statistics of the training episodes, as JSON"),
+        ("inspect", _data_inspect, "the first frames of an episode, in robot units"),
+    ):
+        p = command(name, run, text, parent=data)
+        p.add_argument("mixture", metavar="CARD|MIXTURE")
+        p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
+        p.add_argument("--index-dir", default="", metavar="DIR")
+        p.add_argument("--holdout", type=float, default=config.Data.holdout)
+        if name == "inspect":
+            p.add_argument("--episode", type=int, default=0)
+            p.add_argument("--steps", type=int, default=5)
+
+    tokens = commands.add_parser("tokens", help="the action tokenizer").add_subparsers(dest="action", required=True, metavar="ACTION")
+    p = command("fit", _tokens_fit, "fit FAST on a config's mixture", parent=tokens, takes_config=True)
+    p.add_argument("--out", required=True, metavar="FILE.json")
+    command("inspect", _tokens_inspect, "length and error of the action tokens, per dataset", parent=tokens, takes_config=True)
+    return parser
+
+
+def _train(args) -> int:
+    from vla_jax import distributed
+
+    line = distributed.initialize()
+    if distributed.is_main():
+        print(line)
+    from vla_jax.train import loop
+
+    loop.train(loop.prepare(args.config, args.workdir, where=args.config_spec))
+    return 0
+
+
+def _eval(args) -> int:
+    from vla_jax.train import evaluate
+
+    print(json.dumps(evaluate.run(args.config, args.workdir, frames=args.frames, where=args.config_spec), indent=1))
+    return 0
+
+
+def _export(args) -> int:
+    from vla_jax.deploy import export
+
+    run_dir, _, step = args.run_dir.partition("@")
+    if step and not step.isdigit():
+        raise UserError(f"{args.run_dir}: what follows @ is a step number, got {step!r}")
+    print(f"exported to {export.export(run_dir, args.out, step=int(step) if step else None)}")
+    return 0
+
+
+def _config(args) -> int:
+    print(config.render(args.config, args.origin))
+    return 0
+
+
+def _demo(args) -> int:
+    from vla_jax import demo
+
+    return demo.main(Path(args.workdir), steps=args.steps, episodes=args.episodes, trials=args.trials)
+
+
+def _bench(args) -> int:
+    from vla_jax import bench
+
+    line = json.dumps(bench.run(args.what, args.config, repeats=args.repeats, where=args.config_spec))
+    print(line)
+    if args.out:
+        with open(args.out, "a") as f:
+            f.write(line + "\n")
+    return 0
+
+
+def _data_list(args) -> int:
+    from vla_jax import paths
+    from vla_jax.data import cards, mixture
+
+    for name in cards.names():
+        card = cards.load(name)
+        print(
+            f"card     {name:24} {card.version:8} {card.control_hz:g} Hz, {len(card.views)} views, {len(card.action.dims)}-D actions, {card.robot}"
+        )
+    for path in sorted((paths.assets("data") / "mixtures").glob("*.yaml")):
+        mix = mixture.load(path.stem)
+        print(f"mixture  {path.stem:24} {', '.join(f'{c.name} {w:g}' for c, w in zip(mix.cards, mix.weights))}")
+    return 0
+
+
+def _data_check(args) -> int:
+    from vla_jax.data import cards, mixture, rlds
+
+    for card in mixture.load(args.mixture).cards:
+        directory = rlds.dataset_dir(args.root, card.name, card.version)
+        cards.check(card, directory)
+        print(f"{card.name}: fits {directory}")
+    return 0
+
+
+def _indexes(args):
+    from tqdm import tqdm
+
+    from vla_jax.data import index, mixture
+
+    for card in mixture.load(args.mixture).cards:
+        yield index.ensure(card, args.root, args.index_dir, progress=lambda files, name=card.name: tqdm(files, desc=name, unit="shard"))
+
+
+def _data_index(args) -> int:
+    for ix in _indexes(args):
+        size = sum(f.stat().st_size for f in ix.path.iterdir())
+        skipped = ", ".join(f"{n} x {why}" for why, n in ix.skipped.items()) or "nothing"
+        print(
+            f"{ix.card.name}: {ix.episodes} episodes, {ix.frames} frames, skipped {skipped}; {size / ix.frames:.0f} bytes a frame at {ix.path}"
+        )
+    return 0
+
+
+def _data_stats(args) -> int:
+    from vla_jax.data import stats
+
+    print(json.dumps({ix.card.name: stats.to_json(stats.compute(ix, args.holdout)) for ix in _indexes(args)}, indent=1))
+    return 0
+
+
+def _data_inspect(args) -> int:
+    import numpy as np
+
+    for ix in _indexes(args):
+        if not 0 <= args.episode < ix.episodes:
+            raise UserError(f"{ix.card.name} has episodes 0..{ix.episodes - 1}, not {args.episode}")
+        first, end = (int(ix.episode_start[args.episode + i]) for i in (0, 1))
+        print(
+            f"{ix.card.name} episode {args.episode}: {end - first} steps at {ix.card.control_hz:g} Hz, {ix.languages[ix.language[first]] if ix.languages else ''!r}"
+        )
+        print(f"  views: {', '.join(f'{v} ({int(ix.image[first, i, 1])} bytes)' for i, v in enumerate(ix.views))}")
+        for label, spec, values in (("state", ix.card.state, ix.state), ("action", ix.card.action, ix.action)):
+            print(f"  {label}: " + ", ".join(f"{d.name} [{d.unit}, {d.frame}, {d.kind}]" for d in spec.dims))
+            for row in np.asarray(values[first : min(first + args.steps, end)]):
+                print("    " + " ".join(f"{x:9.4f}" for x in row))
+    return 0
+
+
+def _open_tokens(args, path=None):
+    from vla_jax.data import source
+    from vla_jax.models import presets
+
+    c = args.config
+    return source.open_source(c, tokens_per_image=presets.tokens_per_image(c.model.preset, c.data.image_size), tokenizer_path=path)
+
+
+def _tokens_fit(args) -> int:
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} exists. Give a new file.")
+    action = _open_tokens(args, out).layout.action
+    print(f"{out}: vocabulary {action.vocab_size} ({action.alphabet} coefficients, {len(action.merges)} merges), scale {action.scale:g}")
+    return 0
+
+
+def _tokens_inspect(args) -> int:
+    from vla_jax.data import source
+
+    for row in source.token_report(_open_tokens(args)):
+        print("  ".join(f"{k} {v}" for k, v in row.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

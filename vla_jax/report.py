@@ -1,0 +1,68 @@
+"""What the demo shows at its end: a table, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vla_jax.deploy.rollout import wilson
+from vla_jax.train import metrics
+
+
+def table(run: Path, errors: dict, trained: dict, untrained: dict) -> str:
+    """One line per robot: held-out token accuracy, action error against the mean action, closed-loop success."""
+    last = next((line for line in reversed(metrics.read(run)) if any(k.startswith("eval/") for k in line)), {})
+    rows = [("robot", "token accuracy", "action error (mean action's)", "success (untrained)", "95 % interval")]
+    for name, error in errors.items():
+        measured = ", ".join(f"{v:.3f} {u} ({error['baseline'][u]:.3f})" for u, v in error["mae"].items())
+        won, lost, n = sum(o.success for o in trained[name]), sum(o.success for o in untrained[name]), len(trained[name])
+        low, high = wilson(won, n)
+        rows.append(
+            (name, f"{last.get(f'eval/{name}/accuracy', float('nan')):.2f}", measured, f"{won}/{n} ({lost}/{n})", f"{low:.0%} - {high:.0%}")
+        )
+    won, lost, n = (
+        sum(f(o) for group in which.values() for o in group)
+        for which, f in ((trained, lambda o: o.success), (untrained, lambda o: o.success), (trained, lambda o: 1))
+    )
+    low, high = wilson(won, n)
+    rows.append(("all", "", "", f"{won}/{n} ({lost}/{n})", f"{low:.0%} - {high:.0%}"))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def picture(run: Path, errors: dict, trained: dict, out: Path) -> Path:
+    """Loss curve; recorded and predicted chunks; a film strip per robot (a success where there is one)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, shots = list(errors), 7
+    figure = plt.figure(figsize=(15, 4.2 + 2.3 * len(names)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[4.2, 2.3 * len(names)])
+    axes = top.subplots(1, 1 + len(names))
+    lines = [line for line in metrics.read(run) if "train/loss" in line]
+    for name in names:
+        key = f"train/dataset/{name}/nll"
+        axes[0].plot([x["step"] for x in lines if key in x], [x[key] for x in lines if key in x], label=name)
+    axes[0].set(title="training loss", xlabel="step", ylabel="nats per action token")
+    axes[0].legend(fontsize=8)
+    for axis, name in zip(axes[1:], names):
+        recorded, predicted = errors[name]["example"]
+        for d in range(recorded.shape[1]):
+            (line,) = axis.plot(recorded[:, d], marker="o", markersize=3)
+            axis.plot(predicted[:, d], "--", color=line.get_color())
+        axis.set(title=f"{name}\nrecorded (solid), predicted (dashed)", xlabel="step of the chunk")
+    grid = bottom.subplots(len(names), shots, squeeze=False)
+    for row, name in zip(grid, names):
+        filmed = [o for o in trained[name] if o.frames]
+        shown = next((o for o in filmed if o.success), filmed[0])
+        for axis, at in zip(row, np.linspace(0, len(shown.frames) - 1, shots).astype(int)):
+            axis.imshow(shown.frames[at])
+            axis.set(xticks=[], yticks=[], xlabel=f"step {at}")
+        row[0].set_title(f"{name}: {shown.prompt} - {'success' if shown.success else 'failure'}", loc="left", fontsize=10)
+    figure.savefig(out, dpi=70)
+    plt.close(figure)
+    return out
