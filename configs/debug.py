@@ -13,14 +13,16 @@ def get_config(arg: str = "bridge"):
     c.data.views = ("base",)
     c.model.preset = "debug"
     c.model.dtype = "float32"
-    c.tokens.action_vocab = 256
+    # 230 training chunks: a larger vocabulary would only be those chunks by heart
+    c.tokens.action_vocab = 32
+    c.tokens.action_scale = 4.0
     c.pack.rows = 8
     c.pack.length = 256
     c.pack.images = 4
     c.pack.samples = 4
     c.pack.targets = 160
-    c.train.steps = 120
+    c.train.steps = 90
     c.train.lr = 1e-3
     c.train.warmup = 20
-    c.train.save_every = 60
+    c.train.save_every = 45
     return c

@@ -14,6 +14,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def fails(capsys, *argv):
+    capsys.readouterr()
     assert cli.main(list(argv)) == 2
     text = capsys.readouterr().err
     assert text.startswith("vla-jax: ") and "Traceback" not in text

@@ -64,7 +64,7 @@ def test_done_is_said_and_nothing_is_done_again(tiny, tmp_path, capsys):
 
 def test_another_config_in_the_same_folder_is_refused(tiny, tmp_path):
     loop.train(loop.prepare(tiny("train.steps=1"), tmp_path / "w"), quiet=True)
-    with pytest.raises(UserError, match=r"another config \(train.lr: 0.0005 -> 0.1\)"):
+    with pytest.raises(UserError, match=r"another config \(train.lr: 0.001 -> 0.1\)"):
         loop.train(loop.prepare(tiny("train.steps=1", "train.lr=0.1"), tmp_path / "w"), quiet=True)
 
 
@@ -146,7 +146,7 @@ def test_bridge_learns_more_than_the_unigrams(real_data, tmp_path):
     loop.train(run, quiet=True)
     nll = next(x["eval/bridge_dataset/nll"] for x in metrics.read(tmp_path / "w") if "eval/bridge_dataset/nll" in x)
     entropy = evaluate.action_unigram_entropy(run.source)["bridge_dataset"]
-    assert nll < entropy - 0.1, (nll, entropy)
+    assert nll < entropy - 0.05, (nll, entropy)
     found = evaluate.run(c, tmp_path / "w", frames=8)
     assert (
         found["step"] == 60 and found["bridge_dataset"]["valid"] == 1.0 and set(found["bridge_dataset"]["mae"]) == {"m", "rad", "gripper"}

@@ -178,11 +178,11 @@ def _build(cls, values: dict, where: str, prefix: str):
 
 
 def _cast(kind, value, where, key):
-    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(str(v) for v in value)
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind if isinstance(kind, type) else tuple) or (kind is int and isinstance(value, bool)):
+    if not isinstance(kind, type) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{key} = {value!r} in {where} must be of type {getattr(kind, '__name__', kind)}")
     return value
 

@@ -14,7 +14,8 @@ from vla_jax import config
 from vla_jax.types import UserError
 
 DEVICES = 4
-ROBOTS = ("tabletop_slider", "tabletop_arm", "tabletop_bimanual")
+# robots, and how many times --episodes are recorded: slow robots have fewer frames in an episode, and scenes are what generalises
+ROBOTS = {"tabletop_slider": 3, "tabletop_arm": 2, "tabletop_bimanual": 1}
 
 
 def main(workdir: Path, *, steps: int, episodes: int, trials: int) -> int:
@@ -28,7 +29,7 @@ def main(workdir: Path, *, steps: int, episodes: int, trials: int) -> int:
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
     root = workdir / "data"
-    _say(began, f"recording {episodes} episodes of each of {len(ROBOTS)} robots to {root}")
+    _say(began, f"recording {', '.join(f'{k * episodes} {robot}' for robot, k in ROBOTS.items())} episodes to {root}")
     _record(root, episodes)
 
     from vla_jax.deploy import export, policy
@@ -77,12 +78,21 @@ def _record(root: Path, episodes: int) -> None:
     log, running = root.parent / "record.log", []
     root.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out:
-        for robot in ROBOTS:
+        for robot, times in ROBOTS.items():
             if (root / robot).is_dir():
                 continue
             partial = root.parent / f"recording-{robot}"
             shutil.rmtree(partial, ignore_errors=True)
-            command = [sys.executable, "-m", "vla_jax.tabletop.record", str(partial), "--episodes", str(episodes), "--robots", robot]
+            command = [
+                sys.executable,
+                "-m",
+                "vla_jax.tabletop.record",
+                str(partial),
+                "--episodes",
+                str(times * episodes),
+                "--robots",
+                robot,
+            ]
             running.append((robot, partial, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)))
         for robot, partial, process in running:
             if process.wait():

@@ -7,9 +7,10 @@ Letters used in shapes throughout: `b` rows, `n` sequence, `g` samples (segments
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+if TYPE_CHECKING:  # `vla-jax --help` waits for nothing
+    import numpy as np
 
 
 class UserError(Exception):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vla_jax.models.layers import Einsum, RMSNorm, attention, fan_in, rope, stack, weight
 from vla_jax.models.presets import VLAConfig
+from vla_jax.sharding import constrain
 
 
 class _Attention(nn.Module):
@@ -66,7 +67,9 @@ class Embedder(nn.Module):
         c = self.cfg
         init = nn.initializers.normal(c.language.width**-0.5)
         table = self.param("input_embedding", weight(init, "vocab", "embed"), (c.vocab, c.language.width))
-        return table[tokens].astype(jnp.dtype(c.dtype)) * jnp.asarray(c.language.width**0.5, c.dtype)
+        # looked up in a gathered table: the rows' gradient then stays where the rows are, and is reduced once
+        table = constrain(table.astype(jnp.dtype(c.dtype)), ("vocab", None))
+        return table[tokens] * jnp.asarray(c.language.width**0.5, c.dtype)
 
 
 class Decoder(nn.Module):

@@ -90,8 +90,7 @@ def _sincos(key, shape, dtype=jnp.float32):
     frequency = 1e4 ** -jnp.linspace(0, 1, quarter)
     row, column = jnp.divmod(jnp.arange(tokens), side)
     angles = jnp.concatenate([row[:, None] * frequency, column[:, None] * frequency], axis=1)
-    # amplitude 0.3: at 1 the position drowns the patch, and a model finds named objects later (docs/log.md)
-    return 0.3 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[None, :, :width].astype(dtype)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[None, :, :width].astype(dtype)
 
 
 class ImageEncoder(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -36,7 +37,12 @@ class Checkpointer:
     def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
         self.path = Path(workdir).expanduser().resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+        quiet = logging.getLogger("absl")  # Orbax warns at length that a read-only manager does not write
+        level = quiet.level
+        if read_only:
+            quiet.setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "meta"))
+        quiet.setLevel(level)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
