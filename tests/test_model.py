@@ -113,6 +113,8 @@ def test_image_and_state_reach_the_output(cfg, params):
 
 def test_cached_greedy_decoding_equals_teacher_forcing(cfg, params):
     """Rows of different prefix lengths: each generated token is the argmax of a full forward pass over what precedes it."""
+    # sharp attention, so that a position that is off by one changes what is chosen
+    params = jax.tree_util.tree_map_with_path(lambda path, p: p * 12 if "q_einsum" in jax.tree_util.keystr(path) else p, params)
     rng = np.random.default_rng(3)
     first, last, eos, steps = 200, 280, 1, 12
     lengths = rng.integers(1, 4, last - first).astype(np.int32)
