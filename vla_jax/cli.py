@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--workdir", default="runs/demo", metavar="DIR")
     p.add_argument("--steps", type=int, default=0, help="training steps; 0: as in configs/demo.py")
     p.add_argument("--episodes", type=int, default=400, help="recorded per robot")
-    p.add_argument("--trials", type=int, default=32, help="closed-loop episodes per robot")
+    p.add_argument("--trials", type=int, default=24, help="closed-loop episodes per robot")
     p = command("bench", _bench, "measure, as ratios against a ceiling of the same run")
     p.add_argument("what", choices=["data", "step"])
     p.set_defaults(takes_config=True)

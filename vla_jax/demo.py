@@ -15,7 +15,7 @@ from vla_jax.types import UserError
 
 DEVICES = 4
 # robots, and how many times --episodes are recorded: slow robots have fewer frames in an episode, and scenes are what generalises
-ROBOTS = {"tabletop_slider": 3, "tabletop_arm": 2, "tabletop_bimanual": 1}
+ROBOTS = {"tabletop_slider": 4, "tabletop_arm": 2, "tabletop_bimanual": 1}
 
 
 def main(workdir: Path, *, steps: int, episodes: int, trials: int) -> int:
@@ -50,13 +50,14 @@ def main(workdir: Path, *, steps: int, episodes: int, trials: int) -> int:
     exported = export.export(workdir / "run", workdir / "export")
     _say(began, f"exported to {exported}; closed loop, {trials} scenes per robot never seen")
     policies = policy.load_all(exported)
-    trained = {name: _drive(p, name, trials, film=2) for name, p in policies.items()}
+    trained = {name: _drive(p, name, trials, film=12) for name, p in policies.items()}
     untrained = {name: _drive(p, name, trials, film=0) for name, p in _untrained(policies, run.cfg).items()}
 
     from vla_jax import report
 
     table = report.table(run.workdir, errors, trained, untrained)
-    picture = report.picture(run.workdir, errors, trained, workdir / "demo.png")
+    dims = {name: [d.name for d in p.card.action.dims] for name, p in policies.items()}
+    picture = report.picture(run.workdir, errors, dims, trained, workdir / "demo.png")
     (workdir / "demo.txt").write_text(table + "\n")
     print(table)
     _say(began, f"picture: {picture}")

@@ -32,8 +32,8 @@ def table(run: Path, errors: dict, trained: dict, untrained: dict) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def picture(run: Path, errors: dict, trained: dict, out: Path) -> Path:
-    """Loss curve; recorded and predicted chunks; a film strip per robot (a success where there is one)."""
+def picture(run: Path, errors: dict, dims: dict[str, list[str]], trained: dict, out: Path) -> Path:
+    """Loss curve; predicted against recorded actions of held-out frames (`dims` names them); a film strip per robot (a success where there is one)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,11 +50,13 @@ def picture(run: Path, errors: dict, trained: dict, out: Path) -> Path:
     axes[0].set(title="training loss", xlabel="step", ylabel="nats per action token")
     axes[0].legend(fontsize=8)
     for axis, name in zip(axes[1:], names):
-        recorded, predicted = errors[name]["example"]
-        for d in range(recorded.shape[1]):
-            (line,) = axis.plot(recorded[:, d], marker="o", markersize=3)
-            axis.plot(predicted[:, d], "--", color=line.get_color())
-        axis.set(title=f"{name}\nrecorded (solid), predicted (dashed)", xlabel="step of the chunk")
+        recorded, predicted = errors[name]["first"]
+        reach = [min(recorded.min(), predicted.min()), max(recorded.max(), predicted.max())]
+        axis.plot(reach, reach, color="0.7", linewidth=1, zorder=0)
+        for d, dim in enumerate(dims[name]):
+            axis.plot(recorded[:, d], predicted[:, d], "o", alpha=0.4, markersize=4, label=dim)
+        axis.legend(fontsize=7)
+        axis.set(title=f"{name}, held out", xlabel="recorded action", ylabel="predicted")
     grid = bottom.subplots(len(names), shots, squeeze=False)
     for row, name in zip(grid, names):
         filmed = [o for o in trained[name] if o.frames]

@@ -8,7 +8,10 @@ import math
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vla_jax.types import UserError
+from vla_jax.types import Batch, UserError
+
+# here, where every user of JAX passes, so that types.py needs no JAX
+jax.tree_util.register_dataclass(Batch, [f.name for f in dataclasses.fields(Batch)], [])
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")

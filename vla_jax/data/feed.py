@@ -10,8 +10,6 @@ import numpy as np
 from vla_jax.sharding import batch_sharding
 from vla_jax.types import Batch
 
-jax.tree_util.register_dataclass(Batch, [f.name for f in dataclasses.fields(Batch)], [])
-
 
 def to_device(batch: Batch, mesh) -> Batch:
     """This process's rows of every field -> global arrays, rows over data and fsdp. `sample_id` stays behind (i64)."""

@@ -17,7 +17,6 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from vla_jax import __version__, tree
-from vla_jax.train.checkpoint import Checkpointer
 from vla_jax.types import UserError
 
 FORMAT = "vla_jax.policy.1"
@@ -25,6 +24,8 @@ FORMAT = "vla_jax.policy.1"
 
 def export(workdir: str | Path, out: str | Path, *, step: int | None = None) -> Path:
     """Writes the folder `out`, which must not hold anything yet. Raises: UserError when there is nothing to export."""
+    from vla_jax.train.checkpoint import Checkpointer  # here, so that a robot's program loads no Orbax
+
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no run: there is no folder checkpoints/ in it. Give the --workdir of a training run.")

@@ -48,7 +48,7 @@ class VLAConfig:
 PRESETS = {
     "tiny": (Vision(32, 2, 2, 64, 16), Language(32, 2, 2, 1, 16, 64)),
     "debug": (Vision(96, 2, 3, 256, 8), Language(128, 4, 4, 1, 32, 384)),
-    "demo": (Vision(96, 2, 3, 256, 12), Language(128, 3, 4, 1, 32, 384)),
+    "demo": (Vision(96, 2, 3, 256, 16), Language(128, 2, 4, 1, 32, 256)),
     "300m": (Vision(384, 12, 6, 1536, 16), Language(1024, 18, 8, 1, 128, 4096)),
     "3b": (Vision(1152, 27, 16, 4304, 14), Language(2048, 18, 8, 1, 256, 16384)),
 }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vla_jax.tabletop import expert, render, world
-from vla_jax.tabletop.robots import GRIPPER_RATE, ROBOTS, on_table
+from vla_jax.tabletop.robots import ROBOTS, on_table
 
 __all__ = ["EVAL_SEED", "IMAGE_SIZE", "ROBOTS", "TabletopEnv"]
 
@@ -59,7 +59,7 @@ class TabletopEnv:
         before = self.robot.forward(self._q)
         self._q = self.robot.move(self._q, command[:, :2])
         tools = self.robot.forward(self._q)
-        fingers = np.where(command[:, 2] > 0.5, 1.0, -1.0) * GRIPPER_RATE / self.robot.control_hz
+        fingers = np.where(command[:, 2] > 0.5, 1.0, -1.0) * self.robot.gripper_rate / self.robot.control_hz
         opening = np.clip(self._scene.opening + fingers, 0.0, 1.0)
         self._scene = world.advance(self._scene, tools, tools - before, opening)
         self.steps += 1

@@ -12,9 +12,6 @@ import numpy as np
 from vla_jax.tabletop.robots import Robot
 from vla_jax.tabletop.world import Scene, Task, goal_of, solved
 
-CLOSE_WITHIN = 0.05  # inside the reach for a grasp, as the next is inside the goal: a learner has room for error
-OPEN_WITHIN = 0.045
-
 
 def act(robot: Robot, q: np.ndarray, scene: Scene, task: Task) -> np.ndarray:
     """The expert's action f32[a], in robot units."""
@@ -30,7 +27,7 @@ def act(robot: Robot, q: np.ndarray, scene: Scene, task: Task) -> np.ndarray:
     if len(holders):
         to_goal = goal_of(scene.bowl, task.side) - block
         target[active] = tools[active] + to_goal
-        opening[active] = np.linalg.norm(to_goal) < OPEN_WITHIN
+        opening[active] = np.linalg.norm(to_goal) < robot.tolerance
     elif solved(scene, task):
         target[active] = tools[active]
     elif scene.held[active] >= 0:
@@ -38,6 +35,6 @@ def act(robot: Robot, q: np.ndarray, scene: Scene, task: Task) -> np.ndarray:
     else:
         # A hand that is still open, or on its way down, closes; one that closed on nothing has to open first.
         target[active] = block
-        near = np.linalg.norm(tools[active] - block) < CLOSE_WITHIN
+        near = np.linalg.norm(tools[active] - block) < robot.tolerance
         opening[active] = not (near and scene.opening[active] > 0.5)
     return np.concatenate([robot.command(q, target), opening[:, None]], -1).ravel().astype(np.float32)

@@ -11,7 +11,7 @@ from vla_jax.tabletop.robots import ARM_BASE, arm_elbow
 from vla_jax.tabletop.world import BLOCK, BOWL_RADIUS, HOLDING, TABLE, Scene
 
 BASE_WIDTH = 0.64  # m across: the table and a margin
-WRIST_WIDTH = 0.20
+WRIST_WIDTH = 0.30
 SUPERSAMPLE = 4  # drawn that much larger and averaged down: smooth edges at any position
 # A mid-grey table is about zero once pixels are scaled to [-1, 1], so that only what matters excites a network. In one
 # pair of runs a small transformer's loss after 600 steps was 0.36 with this table and 0.40 with a dark one.

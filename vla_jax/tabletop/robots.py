@@ -13,12 +13,11 @@ import numpy as np
 
 from vla_jax.tabletop.world import REACH_LIMIT
 
-GRIPPER_RATE = 1.25  # opening per second: closing on a block takes 0.4 s, long enough to be seen in the data
 SLIDER_MAX = 0.12  # m a step
-ARM_MAX = 0.35  # rad a step
-BIMANUAL_MAX = 0.01  # m a step
-ARM_BASE = np.array([0.0, -0.40])  # 0.1 m off the table's edge: nearer to the base the joints would have to race
-ARM_LINK = 0.40  # m, both links; the far corners are 0.73 m away, so the elbow is never straight
+ARM_MAX = 0.20  # rad a step
+BIMANUAL_MAX = 0.03  # m a step
+ARM_BASE = np.array([0.0, -1.0])  # far from the table: a joint then moves the tool in much the same direction everywhere
+ARM_LINK = 0.80  # m, both links; the far corners are 1.31 m away, so the elbow is never straight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,9 @@ class Robot:
     within the robot's limits. command: (q, target f64[t 2]) -> the motion command f64[t 2] with which the expert
     brings the tools towards `target`. home: tool positions (t of them) in metres, from which an episode starts within
     +- start_spread. disturbance: typical size of the push that recording adds to a command, in the command's own unit.
-    max_steps is about three expert episodes, or more.
+    max_steps is about three expert episodes. tolerance: how near to a block or a goal, in metres, the expert counts a
+    tool as there: inside the world's reach and goal radius, so that a learner has room for error. gripper_rate: opening per
+    second; slow at a high control rate, or the moment of closing would be one frame in a whole episode.
     """
 
     control_hz: int
@@ -38,6 +39,8 @@ class Robot:
     state_dims: tuple[str, ...]
     action_dims: tuple[str, ...]
     max_steps: int
+    tolerance: float
+    gripper_rate: float
     home: tuple[tuple[float, float], ...]
     start_spread: float
     disturbance: float
@@ -91,15 +94,20 @@ def bimanual_move(q: np.ndarray, target: np.ndarray) -> np.ndarray:
     return step_towards(q, on_table(target), BIMANUAL_MAX)
 
 
+def jog(remaining: np.ndarray, step: float) -> np.ndarray:
+    """Full speed along every axis that is more than half a step off, none along the others: most actions then say
+    plainly where the target lies, where a share of the remaining way would mostly be small numbers."""
+    return np.where(np.abs(remaining) > step / 2, np.sign(remaining) * step, 0.0)
+
+
 def slider_command(q: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Straight on at a steady speed along each axis until there: most steps then say plainly where the target lies,
-    where a share of the remaining way would mostly be small numbers."""
-    return np.clip(target - q, -0.06, 0.06)
+    """Displacement in metres, axis by axis."""
+    return jog(target - q, 0.08)
 
 
 def arm_command(q: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The same in joint space."""
-    return np.clip(arm_inverse(target) - q, -0.12, 0.12)
+    """The same in joint space, in radians."""
+    return jog(arm_inverse(target) - q, 0.06)
 
 
 ROBOTS: dict[str, Robot] = {
@@ -109,7 +117,9 @@ ROBOTS: dict[str, Robot] = {
         image_format="jpeg",
         state_dims=("x", "y", "gripper"),
         action_dims=("dx", "dy", "gripper"),
-        max_steps=40,
+        max_steps=30,
+        tolerance=0.07,
+        gripper_rate=2.5,
         home=((0.0, 0.0),),
         start_spread=0.25,
         disturbance=0.04,
@@ -124,10 +134,12 @@ ROBOTS: dict[str, Robot] = {
         image_format="jpeg",
         state_dims=("q1", "q2", "gripper"),
         action_dims=("dq1", "dq2", "gripper"),
-        max_steps=85,
+        max_steps=60,
+        tolerance=0.07,
+        gripper_rate=2.5,
         home=((0.0, 0.0),),
         start_spread=0.25,
-        disturbance=0.05,
+        disturbance=0.03,
         forward=arm_forward,
         inverse=arm_inverse,
         move=arm_move,
@@ -139,7 +151,9 @@ ROBOTS: dict[str, Robot] = {
         image_format="png",
         state_dims=("xl", "yl", "gl", "xr", "yr", "gr"),
         action_dims=("xl", "yl", "gl", "xr", "yr", "gr"),
-        max_steps=170,
+        max_steps=90,
+        tolerance=0.05,
+        gripper_rate=1.0,
         home=((-0.25, 0.0), (0.25, 0.0)),
         start_spread=0.03,
         disturbance=0.12,

@@ -11,14 +11,14 @@ import dataclasses
 import numpy as np
 
 TABLE = 0.60
-BLOCK = 0.064
-BOWL_RADIUS = 0.052
+BLOCK = 0.08
+BOWL_RADIUS = 0.06
 REACH_LIMIT = 0.28  # a tool stays within +- this in x and y
-GRASP_REACH = 0.07  # a tool that closes this near to a block's centre takes it
-PITCH = 0.15  # things stand on a 4 x 4 grid of places, this far apart
+GRASP_REACH = 0.10  # a tool that closes this near to a block's centre takes it
+PITCH = 0.20  # things stand on a 3 x 3 grid of places, this far apart
 JITTER = 0.01  # and up to this far off
 GOAL_OFFSET = PITCH  # the goal lies this far left or right of the bowl
-GOAL_RADIUS = 0.09  # and counts as reached within this
+GOAL_RADIUS = 0.10  # and counts as reached within this
 HOLDING = 0.5  # opening at which a tool's fingers touch the block between them
 COLOURS = ("red", "green", "blue")
 SIDES = ("left", "right")
@@ -58,11 +58,10 @@ def draw(rng: np.random.Generator, tools: int, *, blocks: int = 1) -> tuple[Scen
     Places are few, so that a model of a million parameters learns to see them within minutes. With one block a policy
     deaf to language succeeds in half of the scenes at most; with two, whose colours it must tell apart, in a quarter.
     """
-    column, row = rng.integers(1, 3), rng.integers(4)
-    taken = {(column + side, row) for side in (-1, 0, 1)}  # the bowl and both goals
-    free = [(i, j) for i in range(4) for j in range(4) if (i, j) not in taken]
-    places = np.array([(column, row), *(free[i] for i in rng.permutation(len(free))[:blocks])])
-    xy = (places - 1.5) * PITCH + rng.uniform(-JITTER, JITTER, places.shape)
+    row = rng.integers(3)  # of the bowl, which stands in the middle column; its neighbours are the goals
+    free = [(i, j) for i in range(3) for j in range(3) if j != row]
+    places = np.array([(1, row), *(free[i] for i in rng.permutation(len(free))[:blocks])])
+    xy = (places - 1) * PITCH + rng.uniform(-JITTER, JITTER, places.shape)
     bowl, at = xy[0], xy[1:]
     colours = tuple(COLOURS[i] for i in rng.permutation(3)[:blocks])
     block, side = int(rng.integers(blocks)), SIDES[rng.integers(2)]

@@ -38,7 +38,7 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     with jax.set_mesh(ready.mesh):
         out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
     for name, found in action_errors(ready.cfg, held_out, params, frames=frames).items():
-        found.pop("example")
+        found.pop("first")
         out.setdefault(name, {}).update(found)
     return {"step": latest, **out}
 
@@ -80,14 +80,15 @@ def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, b
     """Mean absolute error of generated chunks on evenly spaced frames of `source` (held out), in robot units.
 
     {dataset: {"mae": {unit: error}, "baseline": {unit: error of always giving the mean training action}, "valid": share
-    of well-formed chunks, "example": (recorded f32[k a], predicted f32[k a])}}. Steps past an episode's end do not count.
+    of well-formed chunks, "first": (recorded, predicted) first actions of all frames, f32[frames a] each}}. Steps past an
+    episode's end do not count.
     """
     actor = Actor(cfg, source.layout, params)
     reader = sample.ShardReader()
     out = {}
     for d, index in enumerate(source.indexes):
         picked = source.frames[d][np.unique(np.linspace(0, len(source.frames[d]) - 1, frames).astype(int))]
-        errors, baseline, valid, example = [], [], [], None
+        errors, baseline, valid, first = [], [], [], []
         for at in range(0, len(picked), batch):
             samples = [_sample(source, d, int(f), reader) for f in picked[at : at + batch]]
             for s, (chunk, ok) in zip(samples, actor([request(source, d, s) for s in samples])):
@@ -96,13 +97,12 @@ def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, b
                 errors.append(np.abs(predicted - s.actions)[keep])
                 baseline.append(np.abs(source.statistics[d]["action"].mean - s.actions)[keep])
                 valid.append(ok)
-                if example is None or (ok and keep.all()):
-                    example = (s.actions, predicted)
+                first.append((s.actions[0], predicted[0]))
         out[index.card.name] = {
             "mae": _by_unit(errors, index.card.action.dims),
             "baseline": _by_unit(baseline, index.card.action.dims),
             "valid": float(np.mean(valid)),
-            "example": example,
+            "first": tuple(map(np.stack, zip(*first))),
         }
     reader.close()
     return out

@@ -80,6 +80,7 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
     train_step = step.make_train_step(config, run.cfg, tx, run.mesh, where, datasets=len(names))
     eval_step = step.make_eval_step(config, run.cfg, run.mesh, where.params, datasets=len(names))
     held_out = run.source.held_out() if config.data.holdout > 0 else None
+    on_cpu = jax.default_backend() == "cpu"
     share = len(flow) // distributed.process_count()
     mine = flow[distributed.process_index() * share :][:share]
     stream = Stream(run.source, process=distributed.process_index(), processes=distributed.process_count(), state=mine)
@@ -90,6 +91,8 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
             batch, after = next(stream)
             waited += time.perf_counter() - before
             current, measured = train_step(current, feed.to_device(batch, run.mesh))
+            if on_cpu:  # virtual devices share a few threads: queued steps could take those that a collective waits for
+                jax.block_until_ready(measured)
             writer.progress(now)
             if now % t.log_every == 0 or now == t.steps:
                 values = _readable(measured, names)
