@@ -13,16 +13,18 @@ def get_config(arg: str = "bridge"):
     c.data.views = ("base",)
     c.model.preset = "debug"
     c.model.dtype = "float32"
-    # 230 training chunks: a larger vocabulary would only be those chunks by heart
-    c.tokens.action_vocab = 32
+    # 20 training episodes: longer chunks and a larger vocabulary would only be learned by heart
+    c.data.chunk_s = 0.5
+    c.data.holdout = 0.2
+    c.tokens.action_vocab = 24
     c.tokens.action_scale = 4.0
     c.pack.rows = 8
     c.pack.length = 256
     c.pack.images = 4
     c.pack.samples = 4
     c.pack.targets = 160
-    c.train.steps = 90
-    c.train.lr = 1e-3
+    c.train.steps = 60
+    c.train.lr = 2e-3
     c.train.warmup = 20
-    c.train.save_every = 45
+    c.train.save_every = 30
     return c

@@ -137,16 +137,17 @@ def test_loss_does_not_reach_other_vocabulary(tiny, tmp_path):
 
 
 def test_bridge_learns_more_than_the_unigrams(real_data, tmp_path):
-    """Few steps on the real sample: held-out token loss falls below the entropy of the training tokens' unigrams."""
+    """Few steps on the real sample: held-out token loss falls well below the entropy of the training tokens' unigrams:
+    0.53 nats when this was written; order of sums and shards moves it by a few hundredths."""
     c, _ = config.load(
         "configs/debug.py:bridge",
-        [f"data.root={real_data}", f"data.index_dir={tmp_path / 'ix'}", "train.steps=60", "train.save_every=60", "mesh.data=8"],
+        [f"data.root={real_data}", f"data.index_dir={tmp_path / 'ix'}", "train.save_every=60", "mesh.data=8"],
     )
     run = loop.prepare(c, tmp_path / "w")
     loop.train(run, quiet=True)
     nll = next(x["eval/bridge_dataset/nll"] for x in metrics.read(tmp_path / "w") if "eval/bridge_dataset/nll" in x)
     entropy = evaluate.action_unigram_entropy(run.source)["bridge_dataset"]
-    assert nll < entropy - 0.05, (nll, entropy)
+    assert nll < entropy - 0.35, (nll, entropy)
     found = evaluate.run(c, tmp_path / "w", frames=8)
     assert (
         found["step"] == 60 and found["bridge_dataset"]["valid"] == 1.0 and set(found["bridge_dataset"]["mae"]) == {"m", "rad", "gripper"}

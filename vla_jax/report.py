@@ -51,12 +51,14 @@ def picture(run: Path, errors: dict, dims: dict[str, list[str]], trained: dict, 
     axes[0].legend(fontsize=8)
     for axis, name in zip(axes[1:], names):
         recorded, predicted = errors[name]["first"]
-        reach = [min(recorded.min(), predicted.min()), max(recorded.max(), predicted.max())]
-        axis.plot(reach, reach, color="0.7", linewidth=1, zorder=0)
+        # every dimension over its own recorded range, and scattered by a hundredth, since many actions are the same few
+        low, span = recorded.min(axis=0), np.maximum(np.ptp(recorded, axis=0), 1e-6)
+        x, y = ((v - low) / span + np.random.default_rng(0).normal(0, 0.012, v.shape) for v in (recorded, predicted))
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
         for d, dim in enumerate(dims[name]):
-            axis.plot(recorded[:, d], predicted[:, d], "o", alpha=0.4, markersize=4, label=dim)
+            axis.plot(x[:, d], y[:, d], "o", alpha=0.35, markersize=4, label=dim)
         axis.legend(fontsize=7)
-        axis.set(title=f"{name}, held out", xlabel="recorded action", ylabel="predicted")
+        axis.set(title=f"{name}, held out", xlabel="recorded action / its range", ylabel="predicted")
     grid = bottom.subplots(len(names), shots, squeeze=False)
     for row, name in zip(grid, names):
         filmed = [o for o in trained[name] if o.frames]
