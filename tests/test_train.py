@@ -136,6 +136,13 @@ def test_loss_does_not_reach_other_vocabulary(tiny, tmp_path):
     assert float(loss(batch)) == float(loss(changed))
 
 
+def test_tokenizer_of_an_earlier_attempt_is_not_used(tiny, tmp_path):
+    """Until a checkpoint holds it, a workdir's tokenizer is fitted again: settings may have changed since."""
+    before = loop.prepare(tiny("tokens.action_vocab=64"), tmp_path).source.layout.action
+    after = loop.prepare(tiny("tokens.action_vocab=80"), tmp_path).source.layout.action
+    assert before.vocab_size == 64 and after.vocab_size == 80
+
+
 def test_bridge_learns_more_than_the_unigrams(real_data, tmp_path):
     """Few steps on the real sample: held-out token loss falls well below the entropy of the training tokens' unigrams:
     0.53 nats when this was written; order of sums and shards moves it by a few hundredths."""

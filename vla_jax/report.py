@@ -49,11 +49,12 @@ def picture(run: Path, errors: dict, dims: dict[str, list[str]], trained: dict, 
         axes[0].plot([x["step"] for x in lines if key in x], [x[key] for x in lines if key in x], label=name)
     axes[0].set(title="training loss", xlabel="step", ylabel="nats per action token")
     axes[0].legend(fontsize=8)
+    blur = np.random.default_rng(0)
     for axis, name in zip(axes[1:], names):
         recorded, predicted = errors[name]["first"]
         # every dimension over its own recorded range, and scattered by a hundredth, since many actions are the same few
         low, span = recorded.min(axis=0), np.maximum(np.ptp(recorded, axis=0), 1e-6)
-        x, y = ((v - low) / span + np.random.default_rng(0).normal(0, 0.012, v.shape) for v in (recorded, predicted))
+        x, y = ((v - low) / span + blur.normal(0, 0.012, v.shape) for v in (recorded, predicted))
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
         for d, dim in enumerate(dims[name]):
             axis.plot(x[:, d], y[:, d], "o", alpha=0.35, markersize=4, label=dim)

@@ -33,8 +33,9 @@ def open_indexes(config: Config, *, progress=None) -> tuple[mixture.Mixture, tup
     return mix, tuple(opened or (index.ensure(card, config.data.root, config.data.index_dir) for card in mix.cards))
 
 
-def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path | None = None, progress=None) -> Source:
-    """Everything for training on `config.data.mixture`. The fitted action tokenizer is kept at `tokenizer_path`.
+def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path | None = None, refit: bool = False, progress=None) -> Source:
+    """Everything for training on `config.data.mixture`. The fitted action tokenizer is kept at `tokenizer_path`,
+    and taken from there unless `refit`.
 
     Raises: UserError.
     """
@@ -42,7 +43,7 @@ def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path |
     statistics = [stats.compute(ix, config.data.holdout) for ix in indexes]
     words = text.load(config.tokens.text_model)
     path = Path(config.tokens.action_path) if config.tokens.action_path else tokenizer_path
-    fitted = actions.load(path) if path and path.is_file() else None
+    fitted = actions.load(path) if path and path.is_file() and (config.tokens.action_path or not refit) else None
     if fitted is None and config.tokens.action_path:
         raise UserError(f"tokens.action_path {path} does not exist. Fit one with `vla-jax tokens fit`, or leave it empty.")
     build = lambda action: Source.make(
@@ -57,7 +58,9 @@ def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path |
         fitted = fit_tokenizer(build(None), config)
         if path and distributed.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(fitted.to_json()))
+            partial = path.with_suffix(".partial")  # renamed when whole: another host may be reading
+            partial.write_text(json.dumps(fitted.to_json()))
+            partial.replace(path)
     source = build(fitted)
     source.check_fit()
     return source

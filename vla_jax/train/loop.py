@@ -42,7 +42,8 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     if config.tokens.state not in ("continuous", "none"):
         raise UserError(f"tokens.state is {config.tokens.state!r}; allowed: continuous, none")
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
-    source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json")
+    started = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+    source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json", refit=not started)
     cfg = presets.resolve(
         config.model.preset,
         vocab=source.layout.vocab_size,
