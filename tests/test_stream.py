@@ -78,7 +78,7 @@ def test_no_sample_is_lost_or_repeated(opened):
 
 def test_rows_are_whole(opened):
     for batch, _ in take(opened, 3):
-        assert batch.images.shape[1:] == (4, 48, 48, 3)
+        assert batch.images.shape[1:] == (opened.config.pack.images, 48, 48, 3)
         per_image = opened.layout.tokens_per_image
         for r in range(len(batch.tokens)):
             assert (batch.tokens[r] == IMAGE).sum() % per_image == 0
