@@ -101,3 +101,54 @@ def test_the_program_itself(argv, tmp_path):
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-m", "vla_jax.cli", *argv], capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("vla-jax: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=0", "train.steps is 0; it must be at least 1"),
+        ("train.log_every=0", "train.log_every is 0"),
+        ("train.save_every=0", "train.save_every is 0"),
+        ("train.eval_batches=0", "train.eval_batches is 0"),
+        ("train.lr=nan", "train.lr is nan; it must be at least 0"),
+        ("train.lr=inf", "train.lr is inf"),
+        ("pack.rows=-8", "pack.rows is -8"),
+        ("pack.group=0", "pack.group is 0"),
+        ("pack.samples=0", "pack.samples is 0"),
+        ("pack.targets=1000", "pack.targets 1000 is above pack.length 256"),
+        ("data.threads=0", "data.threads is 0"),
+        ("data.prefetch=0", "data.prefetch is 0"),
+        ("data.chunk_s=nan", "data.chunk_s is nan"),
+        ("data.chunk_s=-1", "data.chunk_s is -1"),
+        ("data.max_chunk=0", "data.max_chunk is 0"),
+        ("data.holdout=5", "data.holdout is 5.0; it must be from 0 to 0.9"),
+    ],
+)
+def test_numbers_out_of_range(capsys, tmp_path, override, message):
+    assert message in fails(capsys, *train(f"--config.{override}", f"--workdir={tmp_path}/w"))
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(arg=''):\n    return 3\n", "get_config"),
+        ("def get_config(\n", "SyntaxError"),
+        ("def get_config(arg=''):\n    return 1 / 0\n", "division by zero"),
+    ],
+)
+def test_config_files_that_are_none(capsys, tmp_path, text, message):
+    (tmp_path / "c.py").write_text(text)
+    assert message in fails(capsys, "config", f"--config={tmp_path}/c.py")
+
+
+def test_workdir_that_cannot_be(capsys, tmp_path, real_data):
+    (tmp_path / "file").touch()
+    text = fails(capsys, *train(f"--config.data.root={real_data}", f"--workdir={tmp_path}/file"))
+    assert f"workdir {tmp_path}/file cannot be made" in text
+    assert "--workdir: is empty" in fails(capsys, *train("--workdir="))
+
+
+def test_views_that_no_camera_has(capsys, tmp_path, real_data):
+    text = fails(capsys, *train(f"--config.data.root={real_data}", "--config.data.views=('bse',)", f"--workdir={tmp_path}/w"))
+    assert "bridge_dataset has none of the views bse; it has" in text

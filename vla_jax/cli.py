@@ -64,6 +64,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}.{f' Did you mean {near[0]}?' if near else ''} See `{self.prog} --help`.")
 
 
+def _folder(name: str) -> str:
+    if not name:
+        raise argparse.ArgumentTypeError("is empty; name a folder")
+    return name
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vla-jax", description="Pretraining of Vision-Language-Action models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
@@ -75,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         if takes_config:
             p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file; override its values with --config.x.y=z")
         if workdir:
-            p.add_argument("--workdir", required=True, metavar="DIR", help="where the run is kept")
+            p.add_argument("--workdir", required=True, type=_folder, metavar="DIR", help="where the run is kept")
         return p
 
     command("train", _train, "train, or go on from the newest checkpoint in the workdir", takes_config=True, workdir=True)
@@ -86,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("out", metavar="OUT")
     command("config", _config, "print the resolved config and where each value comes from", takes_config=True)
     p = command("demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
-    p.add_argument("--workdir", default="runs/demo", metavar="DIR")
+    p.add_argument("--workdir", default="runs/demo", type=_folder, metavar="DIR")
     p.add_argument("--steps", type=int, default=0, help="training steps; 0: as in configs/demo.py")
     p.add_argument("--episodes", type=int, default=400, help="recorded per robot")
     p.add_argument("--trials", type=int, default=24, help="closed-loop episodes per robot")

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import typing
 
 from vla_jax import paths
@@ -82,14 +83,46 @@ class Train:
     allow_new_mixture: bool = False  # resume although the data changed
 
 
+# What a number may be; otherwise integers are 1 or more, and floats 0 or more.
+_RANGES = {
+    "data.holdout": (0.0, 0.9),
+    "data.chunk_s": (0.01, 60.0),
+    "data.max_chunk": (2, math.inf),
+    "tokens.action_scale": (1e-3, 1e6),
+    "mesh.data": (-1, math.inf),
+    "mesh.fsdp": (-1, math.inf),
+    "mesh.tensor": (-1, math.inf),
+    "train.seed": (0, 2**31 - 1),
+    "train.lr_end": (0.0, 1.0),
+    "train.warmup": (0, math.inf),
+    "train.b2": (0.0, 0.999999),
+    "train.clip": (1e-9, math.inf),
+    "train.ema": (0.0, 0.999999),
+    "train.eval_every": (0, math.inf),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Raises: UserError, when made, for a number outside its range."""
+
     data: Data = Data()
     pack: Pack = Pack()
     tokens: Tokens = Tokens()
     model: Model = Model()
     mesh: Mesh = Mesh()
     train: Train = Train()
+
+    def __post_init__(self):
+        for key, value in flatten(dataclasses.asdict(self)).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                low, high = _RANGES.get(key, (1, math.inf) if isinstance(value, int) else (0.0, math.inf))
+                if not (low <= value <= high and math.isfinite(value)):
+                    raise UserError(
+                        f"{key} is {value}; it must be {f'from {low:g} to {high:g}' if high < math.inf else f'at least {low:g}'}"
+                    )
+        if self.pack.targets > self.pack.length:
+            raise UserError(f"pack.targets {self.pack.targets} is above pack.length {self.pack.length}; lower --config.pack.targets")
 
     def digest(self) -> str:
         """Identifies what a checkpoint's shapes and learning depend on. Where data lies and how fast it is read do not count."""
@@ -134,8 +167,10 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> tuple[Config, dict[
         raw: ml_collections.ConfigDict = values.config
     except UserError:
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"config {spec}: {' '.join(str(e).split())}") from e
+    except Exception as e:  # a config file is a program: whatever it raises is said as one line
+        raise UserError(f"config {spec}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, ml_collections.ConfigDict):
+        raise UserError(f"config {spec}: get_config returned {type(raw).__name__}, not a ConfigDict; start from vla_jax.config.default()")
     config = from_dict(raw.to_dict(), where=str(path))
     file_values = _file_values(path, arg, known, config, overrides)
     overridden = {item.partition("=")[0] for item in overrides}

@@ -124,10 +124,15 @@ class Source:
         )
 
     def check_fit(self) -> None:
-        """Raises: UserError when a dataset's typical sample is larger than a row."""
+        """Raises: UserError when a dataset's typical sample is larger than a row, or has none of the wanted views."""
         p = self.config.pack
         for d, ix in enumerate(self.indexes):
             items = [self.item(d, int(f), 0) for f in self.frames[d][:: max(1, len(self.frames[d]) // 16)]]
+            if self.config.data.views and not items[0].views:
+                raise UserError(
+                    f"{ix.card.name} has none of the views {', '.join(self.config.data.views)}; it has {', '.join(ix.views)}. "
+                    "Add one to data.views, or set it to () to train without images."
+                )
             need = (max(i.sequence.length for i in items), len(items[0].views), max(i.sequence.targets for i in items))
             for have, want, name in zip((p.length, p.images, p.targets), need, ("pack.length", "pack.images", "pack.targets")):
                 if want > have:

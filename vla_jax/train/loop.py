@@ -37,6 +37,10 @@ class Run:
 def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Run:
     """Opens everything and checks that it fits together. Raises: UserError, before a parameter is created."""
     workdir = Path(workdir).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"workdir {workdir} cannot be made: {e.strerror}. Name a folder that may be written.") from e
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
     sharding.check_batch(config.pack.rows, mesh, where=where)
     if config.tokens.state not in ("continuous", "none"):
