@@ -149,6 +149,22 @@ def test_workdir_that_cannot_be(capsys, tmp_path, real_data):
     assert "--workdir: is empty" in fails(capsys, *train("--workdir="))
 
 
+def test_eval_leaves_no_folder_behind(capsys, tmp_path, real_data):
+    argv = ["eval", "--config=configs/debug.py:bridge", f"--config.data.root={real_data}", f"--workdir={tmp_path}/typo"]
+    assert "holds no run" in fails(capsys, *argv) and not (tmp_path / "typo").exists()
+
+
+def test_paths_that_cannot_be_written(capsys, tmp_path, real_data):
+    (tmp_path / "file").touch()
+    here = [f"--config.data.root={real_data}", f"--config.data.index_dir={tmp_path}/file/ix"]
+    assert f"{tmp_path}/file" in fails(capsys, *train(*here, f"--workdir={tmp_path}/w"))
+
+
+def test_commands_and_counts(capsys):
+    assert "Did you mean train?" in fails(capsys, "trian")
+    assert "above 0" in fails(capsys, "demo", "--episodes=0") and "above 0" in fails(capsys, "demo", "--steps=-1")
+
+
 def test_views_that_no_camera_has(capsys, tmp_path, real_data):
     text = fails(capsys, *train(f"--config.data.root={real_data}", "--config.data.views=('bse',)", f"--workdir={tmp_path}/w"))
     assert "bridge_dataset has none of the views bse; it has" in text

@@ -113,6 +113,10 @@ def test_readme_shows_the_tree_as_it_is():
     for path in SOURCES:
         if path.name != "__init__.py":
             assert f"vla_jax/{name(path)}" in shown, f"README lacks vla_jax/{name(path)}"
+    for folder in ("configs", "launch", "docs"):
+        for path in (REPO / folder).iterdir():
+            if path.is_file():
+                assert f"{folder}/{path.name}" in shown, f"README lacks {folder}/{path.name}"
 
 
 def test_help_imports_nothing_heavy():

@@ -34,14 +34,16 @@ def test_installed_wheel_works_elsewhere(wheel, tmp_path, real_data):
     """Dependencies come from this environment by a .pth line; the package itself only from the wheel."""
     venv.create(tmp_path / "env", with_pip=False)
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
-    with zipfile.ZipFile(wheel) as z:
-        z.extractall(site)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(tmp_path / "env"), "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True
+    )
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    script = str(tmp_path / "env" / "bin" / "vla-jax")
     python = str(tmp_path / "env" / "bin" / "python")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu", "VLA_CACHE": str(tmp_path / "cache")}
 
     def run(*argv):
-        done = subprocess.run([python, "-m", "vla_jax.cli", *argv], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run([script, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

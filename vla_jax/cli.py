@@ -15,15 +15,20 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 the user's error (one message, no traceback), 1 ours."""
     try:
         return _main(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # `vla-jax data list | head`
+        sys.stderr.close()
+        return 0
     except UserError as e:
         print(f"vla-jax: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.filename is None:  # not about a path that somebody named
+            raise
+        print(f"vla-jax: {e.filename}: {e.strerror}. Check the path and its permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vla-jax: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `vla-jax data list | head`
-        sys.stderr.close()
-        return 0
 
 
 def _main(argv: list[str]) -> int:
@@ -58,9 +63,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         import difflib
 
-        word = message.split()[-1] if "unrecognized" in message else ""
-        known = [o for a in self._actions for o in a.option_strings]
-        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+        word = message.split()[-1].partition("=")[0] if "unrecognized" in message else ""
+        if "invalid choice: " in message:
+            word = message.split("invalid choice: ")[1].split("'")[1]
+        known = [o for a in self._actions for o in (*a.option_strings, *map(str, a.choices or ()))]
+        near = difflib.get_close_matches(word, known, n=1)
         raise UserError(f"{message}.{f' Did you mean {near[0]}?' if near else ''} See `{self.prog} --help`.")
 
 
@@ -68,6 +75,12 @@ def _folder(name: str) -> str:
     if not name:
         raise argparse.ArgumentTypeError("is empty; name a folder")
     return name
+
+
+def _positive(number: str) -> int:
+    if not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {number!r}")
+    return int(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,21 +99,21 @@ def _parser() -> argparse.ArgumentParser:
 
     command("train", _train, "train, or go on from the newest checkpoint in the workdir", takes_config=True, workdir=True)
     p = command("eval", _eval, "token and action metrics of a run on held-out episodes", takes_config=True, workdir=True)
-    p.add_argument("--frames", type=int, default=64, help="held-out frames per dataset for the action error")
+    p.add_argument("--frames", type=_positive, default=64, help="held-out frames per dataset for the action error")
     p = command("export", _export, "a checkpoint -> a folder that acts on its own")
     p.add_argument("run_dir", metavar="RUN[@STEP]", help="the workdir of a run, and optionally a step of it")
     p.add_argument("out", metavar="OUT")
     command("config", _config, "print the resolved config and where each value comes from", takes_config=True)
     p = command("demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
     p.add_argument("--workdir", default="runs/demo", type=_folder, metavar="DIR")
-    p.add_argument("--steps", type=int, default=0, help="training steps; 0: as in configs/demo.py")
-    p.add_argument("--episodes", type=int, default=400, help="recorded per robot")
-    p.add_argument("--trials", type=int, default=24, help="closed-loop episodes per robot")
+    p.add_argument("--steps", type=_positive, help="training steps (default: as in configs/demo.py)")
+    p.add_argument("--episodes", type=_positive, default=400, help="recorded per robot")
+    p.add_argument("--trials", type=_positive, default=24, help="closed-loop episodes per robot")
     p = command("bench", _bench, "measure, as ratios against a ceiling of the same run")
     p.add_argument("what", choices=["data", "step"])
     p.set_defaults(takes_config=True)
     p.add_argument("--config", required=True, metavar="FILE[:ARG]")
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--repeats", type=_positive, default=5)
     p.add_argument("--out", default="", metavar="FILE", help="append the JSON line here")
 
     data = commands.add_parser("data", help="cards, indexes, statistics").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -118,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--holdout", type=float, default=config.Data.holdout)
         if name == "inspect":
             p.add_argument("--episode", type=int, default=0)
-            p.add_argument("--steps", type=int, default=5)
+            p.add_argument("--steps", type=_positive, default=5)
 
     tokens = commands.add_parser("tokens", help="the action tokenizer").add_subparsers(dest="action", required=True, metavar="ACTION")
     p = command("fit", _tokens_fit, "fit FAST on a config's mixture", parent=tokens, takes_config=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import yaml
@@ -79,7 +80,7 @@ def from_dict(raw: dict, *, where: str) -> DatasetCard:
     if any(wrong):
         raise UserError(f"card {where}: unknown fields {wrong[0]}, missing fields {wrong[1]}. A card has: {', '.join(fields)}.")
     hz = raw["control_hz"]
-    if not isinstance(hz, (int, float)) or isinstance(hz, bool) or not hz > 0:
+    if not isinstance(hz, (int, float)) or isinstance(hz, bool) or not 0 < hz < math.inf:
         raise UserError(f"card {where}: control_hz is {hz!r}; it must be a positive number of actions a second")
     for key, kind in (("views", dict), ("language", list), ("splits", list)):
         if not isinstance(raw[key], kind):
@@ -100,6 +101,8 @@ def from_dict(raw: dict, *, where: str) -> DatasetCard:
 def _spec(raw, where: str) -> Spec:
     if not isinstance(raw, dict) or set(raw) != {"ops", "dims"}:
         raise UserError(f"card {where} must have exactly the fields ops and dims")
+    if not isinstance(raw["ops"], list) or not isinstance(raw["dims"], list) or not raw["dims"]:
+        raise UserError(f"card {where}: ops and dims must be lists, and dims not empty")
     dims = []
     for i, d in enumerate(raw["dims"]):
         if not isinstance(d, dict) or set(d) != {"name", "unit", "frame", "kind"}:

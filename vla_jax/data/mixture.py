@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 
 import numpy as np
 import yaml
@@ -54,7 +55,7 @@ def load(name: str) -> Mixture:
     if raw["weight"] not in ("per_dataset", "times_size"):
         raise UserError(f"mixture {path}: weight is {raw['weight']!r}; allowed: per_dataset, times_size")
     for key, value in raw["datasets"].items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise UserError(f"mixture {path}: weight of {key} is {value!r}; it must be a positive number")
     return Mixture(raw["name"], tuple(cards.load(k) for k in raw["datasets"]), tuple(map(float, raw["datasets"].values())), raw["weight"])
 

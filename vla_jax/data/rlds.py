@@ -102,7 +102,8 @@ def shards(path: Path, split: str) -> list[Path]:
 
 def features(path: Path) -> dict[str, Feature]:
     """The fields of a step, named relative to it (`observation/image`), from features.json."""
-    tree = _json(path / "features.json").get("featuresDict", {}).get("features", {})
+    raw = _json(path / "features.json")
+    tree = raw.get("featuresDict", {}).get("features", {}) if isinstance(raw, dict) else {}
     if "steps" not in tree:
         raise UserError(f"{path}/features.json describes no `steps`: this is not an RLDS dataset.")
     steps = tree["steps"].get("sequence", {}).get("feature") or tree["steps"].get("sequenceFeature", {}).get("feature", {})

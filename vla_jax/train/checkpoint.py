@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import logging
@@ -90,13 +91,23 @@ def _tree(state: TrainState) -> dict:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
 
 
-def check_same_run(meta: Meta, config: configs.Config, where: Path, fingerprint: str) -> None:
-    """Raises: UserError when the folder holds a run with another config or another mixture."""
+def check_same_run(meta: Meta, config: configs.Config, where: Path, source) -> None:
+    """source: the opened data.source.Source. Raises: UserError when the folder holds a run with another config, other
+    tokenizers or another mixture."""
+    fingerprint, layout = source.fingerprint(), source.layout
     old = configs.from_dict(json.loads(json.dumps(meta.config)), where=str(where))
     if old.digest() != config.digest():
         a, b = configs.flatten(dataclasses.asdict(old)), configs.flatten(dataclasses.asdict(config))
         changed = [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
         raise UserError(f"{where} holds a run with another config ({'; '.join(changed[:6])}). Use another --workdir, or the same config.")
+    for name, same in (
+        ("action tokenizer", meta.action_tokenizer["digest"] == layout.action.to_json()["digest"]),
+        ("text tokenizer", base64.b64decode(meta.text_model) == layout.text.model),
+    ):
+        if not same:
+            raise UserError(
+                f"{where} was trained with another {name} than the one found now. Put back the file it had (action_tokenizer.json in the workdir, tokens.action_path or tokens.text_model), or use another --workdir."
+            )
     if meta.mixture != fingerprint and not config.train.allow_new_mixture:
         raise UserError(
             f"the data changed since {where} was written (mixture {meta.mixture} -> {fingerprint}). Set --config.train.allow_new_mixture=true to go on with the new data from its start."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import numpy as np
 
@@ -19,9 +21,9 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     """Everything about the newest checkpoint of a run: {dataset: {nll, accuracy, targets, mae, baseline, valid}}."""
     from vla_jax.train import checkpoint, loop, optim, state, step  # loop imports this module
 
+    if not (Path(workdir).expanduser() / "checkpoints").is_dir():  # first: opening a run makes its folder
+        raise UserError(f"{workdir} holds no run: there is no folder checkpoints/ in it. Give the --workdir of a training run.")
     ready = loop.prepare(config, workdir, where=where)
-    if not (ready.workdir / "checkpoints").is_dir():
-        raise UserError(f"{ready.workdir} holds no run: there is no folder checkpoints/ in it.")
     tx, names = optim.make(config.train), ready.source.names
     abstract, place = state.shardings(ready.cfg, tx, ready.mesh, with_ema=config.train.ema > 0)
     saved = checkpoint.Checkpointer(ready.workdir, read_only=True)
@@ -29,7 +31,7 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
         latest = saved.latest()
         if latest is None:
             raise UserError(f"{ready.workdir}/checkpoints holds no finished checkpoint yet.")
-        checkpoint.check_same_run(saved.meta(latest), config, saved.path, ready.source.fingerprint())
+        checkpoint.check_same_run(saved.meta(latest), config, saved.path, ready.source)
         current = saved.restore(latest, abstract, place)
     finally:
         saved.close()

@@ -71,7 +71,7 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
     first, flow = checkpoints.latest() or 0, initial_state(config)
     if first:
         meta = checkpoints.meta(first)
-        checkpoint.check_same_run(meta, config, checkpoints.path, run.source.fingerprint())
+        checkpoint.check_same_run(meta, config, checkpoints.path, run.source)
         current = checkpoints.restore(first, abstract, where)
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
