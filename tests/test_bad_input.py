@@ -162,6 +162,8 @@ def test_paths_that_cannot_be_written(capsys, tmp_path, real_data):
 
 def test_commands_and_counts(capsys):
     assert "Did you mean train?" in fails(capsys, "trian")
+    for share in ("nan", "5", "-1", "x"):
+        assert "--holdout" in fails(capsys, "data", "stats", "bridge_dataset", "--root=none", f"--holdout={share}")
     assert "above 0" in fails(capsys, "demo", "--episodes=0") and "above 0" in fails(capsys, "demo", "--steps=-1")
 
 

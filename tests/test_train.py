@@ -154,7 +154,7 @@ def test_resume_with_another_tokenizer_is_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (paths.assets("configs")).glob("*.py")))
 def test_one_step_of_each_config(path, real_data, tabletop, tmp_path):
-    """As written but for the mesh of these tests. A config that is too large for this machine joins the exceptions."""
+    """As written but for the mesh of these tests and a number of rows that it divides. A config that is too large for this machine joins the exceptions."""
     root = {"debug.py": real_data, "demo.py": tabletop}[path]
     mesh = ["mesh.data=8", "mesh.fsdp=1", "mesh.tensor=1", "pack.rows=8", "pack.group=4"]
     c, _ = config.load(f"configs/{path}", [f"data.root={root}", f"data.index_dir={tmp_path / 'ix'}", "train.steps=1", *mesh])

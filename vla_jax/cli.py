@@ -83,6 +83,13 @@ def _positive(number: str) -> int:
     return int(number)
 
 
+def _share(number: str) -> float:
+    try:
+        return config.Config(data=config.Data(holdout=float(number))).data.holdout  # the bounds are stated there
+    except (ValueError, UserError) as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vla-jax", description="Pretraining of Vision-Language-Action models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
@@ -109,10 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=_positive, help="training steps (default: as in configs/demo.py)")
     p.add_argument("--episodes", type=_positive, default=400, help="recorded per robot")
     p.add_argument("--trials", type=_positive, default=24, help="closed-loop episodes per robot")
-    p = command("bench", _bench, "measure, as ratios against a ceiling of the same run")
+    p = command("bench", _bench, "measure, as ratios against a ceiling of the same run", takes_config=True)
     p.add_argument("what", choices=["data", "step"])
-    p.set_defaults(takes_config=True)
-    p.add_argument("--config", required=True, metavar="FILE[:ARG]")
     p.add_argument("--repeats", type=_positive, default=5)
     p.add_argument("--out", default="", metavar="FILE", help="append the JSON line here")
 
@@ -128,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("mixture", metavar="CARD|MIXTURE")
         p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
         p.add_argument("--index-dir", default="", metavar="DIR")
-        p.add_argument("--holdout", type=float, default=config.Data.holdout)
+        p.add_argument("--holdout", type=_share, default=config.Data.holdout)
         if name == "inspect":
             p.add_argument("--episode", type=int, default=0)
             p.add_argument("--steps", type=_positive, default=5)

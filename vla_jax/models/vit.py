@@ -76,6 +76,7 @@ class _Patches(nn.Module):
     def __call__(self, x):
         v = self.cfg.vision
         p, side = v.patch, self.cfg.image_size // v.patch
+        # three times the usual spread: what fills a small part of a patch is then not drowned by its position (docs/log.md)
         kernel = self.param("kernel", weight(fan_in((0, 1, 2), 3, 9.0), None, None, None, "embed"), (p, p, 3, v.width))
         bias = self.param("bias", weight(nn.initializers.zeros, "embed"), (v.width,))
         x = x.reshape(len(x), side, p, side, p, 3).swapaxes(2, 3).reshape(len(x), side * side, p * p * 3)

@@ -37,11 +37,11 @@ class Checkpointer:
 
     def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
         self.path = Path(workdir).expanduser().resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
         quiet = logging.getLogger("absl")  # Orbax warns at length that a read-only manager does not write
         level = quiet.level
         if read_only:
             quiet.setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "meta"))
         quiet.setLevel(level)
 
