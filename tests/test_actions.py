@@ -94,3 +94,13 @@ def test_save_load_and_damage(fitted, tmp_path):
 def test_vocabulary_too_small():
     with pytest.raises(UserError, match="action_vocab 4 is below"):
         actions.fit([np.ones((5, 2), np.float32)], vocab_size=4, scale=10.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**31))
+def test_batch_equals_loop(n, k, a, seed):
+    """Runs of equal coefficients included, where merges overlap."""
+    rng = np.random.default_rng(seed)
+    fitted = actions.fit([np.round(rng.normal(size=(9, 3)) * 0.4, 1) for _ in range(30)], vocab_size=128, scale=5.0)
+    chunks = np.where(rng.random((n, k, 1)) < 0.3, 0, np.round(rng.normal(size=(n, k, a)) * 0.4, 1)).astype(np.float32)
+    assert [x.tolist() for x in fitted.encode_batch(chunks)] == [fitted.encode(c).tolist() for c in chunks]

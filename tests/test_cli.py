@@ -36,17 +36,3 @@ def test_tokens_commands(capsys, real_data, tmp_path):
     fitted = out(capsys, "tokens", "inspect", *here, f"--config.tokens.action_path={tmp_path / 't.json'}")
     assert fitted == out(capsys, "tokens", "inspect", *here)
     assert cli.main(["tokens", "fit", *here, f"--out={tmp_path / 't.json'}"]) == 2  # never written over
-
-
-def test_bench_data_gives_one_json_line(capsys, real_data, tmp_path):
-    here = ["--config=configs/debug.py:bridge", f"--config.data.root={real_data}", f"--config.data.index_dir={tmp_path / 'ix'}"]
-    found = json.loads(out(capsys, "bench", "data", "--repeats=1", *here, f"--out={tmp_path / 'b.jsonl'}"))
-    assert json.loads((tmp_path / "b.jsonl").read_text()) == found
-    assert 0 < found["slots_used"] <= 1 and found["machine"] and found["commit"]
-
-
-def test_bench_step_gives_one_json_line(capsys, tabletop, tmp_path):
-    here = ["--config=configs/demo.py", f"--config.data.root={tabletop}", f"--config.data.index_dir={tmp_path / 'ix'}"]
-    small = ["--config.model.preset=tiny", "--config.pack.rows=8", "--config.mesh.data=8", "--config.mesh.fsdp=1"]
-    found = json.loads(out(capsys, "bench", "step", "--repeats=1", *here, *small))
-    assert found["step_ms"] > 0 and 0 < found["ratio"] < 1.5 and found["machine"] and found["commit"]

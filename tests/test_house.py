@@ -31,8 +31,8 @@ FLOORS = {
 ONLY = {
     "flax": {"models/"},
     "orbax": {"train/checkpoint.py", "deploy/export.py", "models/pretrained.py"},
-    "tensorflow": {"tabletop/record.py"},
-    "tensorflow_datasets": {"tabletop/record.py"},
+    "tensorflow": {"tabletop/record.py", "bench/data_peers.py", "bench/data_sets.py"},
+    "tensorflow_datasets": {"tabletop/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
     "rlds": {"tabletop/record.py"},
     "matplotlib": {"report.py"},
 }

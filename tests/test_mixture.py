@@ -2,13 +2,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_jax.data.mixture import BLOCK, Sampler, _key, _permute
+from vla_jax.data.mixture import BLOCK, Sampler, _permute, mix_keys
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**60))
 def test_permute_is_a_permutation(size, key):
-    out = _permute(np.arange(size), np.full(size, size), _key(key))
+    out = _permute(np.arange(size), np.full(size, size), mix_keys(key))
     assert sorted(out.tolist()) == list(range(size))
 
 
@@ -39,6 +39,12 @@ def test_shares_follow_the_weights():
     np.testing.assert_allclose(np.bincount(dataset) / (4 * BLOCK), np.array([1, 2, 5]) / 8, atol=1 / BLOCK)
     by_size = Sampler.make(0, (10, 30), (1, 1), times_size=True)
     np.testing.assert_allclose(np.array(by_size.quotas) / BLOCK, [0.25, 0.75], atol=1 / BLOCK)
+
+
+def test_the_smallest_weight_is_drawn():
+    """A share below 1 / BLOCK is rounded up to it, not down to nothing."""
+    s = Sampler.make(0, [10] * 4, [1e-6] * 3 + [1])
+    assert s.quotas == (1, 1, 1, BLOCK - 3)
 
 
 def test_seeds_differ():

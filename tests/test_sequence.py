@@ -16,7 +16,7 @@ def layout():
 
 def test_native_layout_piece_by_piece(layout):
     chunk = np.random.default_rng(1).uniform(-1, 1, (5, 3))
-    seq = layout.build(images=2, prompt=layout.prompt("bridge_dataset", " Put the_cup  DOWN "), chunk=chunk)
+    seq = layout.build(images=2, prompt=layout.prompt("bridge_dataset", " Put the_cup  DOWN "), action_tokens=layout.action.encode(chunk))
     assert seq.tokens[:9].tolist() == [IMAGE] * 8 + [STATE] and seq.tokens[9] == layout.text.bos
     ends = int(np.argmax(seq.block > 0))
     assert layout.text.decode(seq.tokens[10:ends].tolist()) == "bridge_dataset: put the cup down\n"

@@ -83,6 +83,14 @@ def _positive(number: str) -> int:
     return int(number)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word for word in text.split(",") if word))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(word) for word in _words(text)) or (1,)
+
+
 def _share(number: str) -> float:
     try:
         return config.Config(data=config.Data(holdout=float(number))).data.holdout  # the bounds are stated there
@@ -116,10 +124,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=_positive, help="training steps (default: as in configs/demo.py)")
     p.add_argument("--episodes", type=_positive, default=400, help="recorded per robot")
     p.add_argument("--trials", type=_positive, default=24, help="closed-loop episodes per robot")
-    p = command("bench", _bench, "measure, as ratios against a ceiling of the same run", takes_config=True)
-    p.add_argument("what", choices=["data", "step"])
-    p.add_argument("--repeats", type=_positive, default=5)
-    p.add_argument("--out", default="", metavar="FILE", help="append the JSON line here")
+    bench = commands.add_parser("bench", help="measure, as ratios against a ceiling of the same run")
+    bench = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    p = command("data", _bench_data, "pictures a second of the data path on generated RLDS sets, and what it costs besides", parent=bench)
+    p.add_argument("--root", required=True, metavar="DIR", help="folder that holds bridge_dataset/1.0.0; the sets are made of its frames")
+    p.add_argument("--sets", type=_words, default=None, metavar="A,B", help="of jpeg256, jpeg480, png256, png480 (default: all)")
+    p.add_argument("--cores", type=_counts, default=(1, 2), metavar="N,M", help="measure on this many cores (default: 1,2)")
+    p.add_argument("--peers", action="store_true", help="also tensorflow-datasets on the same files")
+    p.add_argument("--seconds", type=float, default=2.0, help="length of one window (default: 2)")
+    p.add_argument("--frames", type=_positive, default=0, help="smaller sets, to try it out")
+    step = command("step", _bench_step, "model FLOP/s of a config's training step", parent=bench, takes_config=True)
+    for each in (p, step):
+        each.add_argument("--repeats", type=_positive, default=5)
+        each.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
 
     data = commands.add_parser("data", help="cards, indexes, statistics").add_subparsers(dest="action", required=True, metavar="ACTION")
     command("list", _data_list, "cards and mixtures that there are", parent=data)
@@ -128,15 +145,22 @@ def _parser() -> argparse.ArgumentParser:
         ("index", _data_index, "index the datasets of a card or mixture in place"),
         ("stats", _data_stats, "statistics of the training episodes, as JSON"),
         ("inspect", _data_inspect, "the first frames of an episode, in robot units"),
+        ("report", _data_report, "one HTML page: weights, warnings, pictures, actions and distributions"),
     ):
         p = command(name, run, text, parent=data)
         p.add_argument("mixture", metavar="CARD|MIXTURE")
         p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
         p.add_argument("--index-dir", default="", metavar="DIR")
         p.add_argument("--holdout", type=_share, default=config.Data.holdout)
+        p.add_argument("--max-skipped", type=float, default=config.Data.max_skipped, help="share of bad episodes above which a dataset is refused")
+        p.add_argument("--workers", type=int, default=0, help="scanning processes (0: one a core)")
         if name == "inspect":
             p.add_argument("--episode", type=int, default=0)
             p.add_argument("--steps", type=_positive, default=5)
+        if name == "report":
+            p.add_argument("--out", required=True, metavar="FILE.html")
+            p.add_argument("--config", default="", metavar="FILE[:ARG]", help="config whose chunk, tokens, holdout and max_skipped are shown")
+            p.set_defaults(holdout=None, max_skipped=None)
 
     tokens = commands.add_parser("tokens", help="the action tokenizer").add_subparsers(dest="action", required=True, metavar="ACTION")
     p = command("fit", _tokens_fit, "fit FAST on a config's mixture", parent=tokens, takes_config=True)
@@ -185,15 +209,31 @@ def _demo(args) -> int:
     return demo.main(Path(args.workdir), steps=args.steps, episodes=args.episodes, trials=args.trials)
 
 
-def _bench(args) -> int:
-    from vla_jax import bench
+def _bench_data(args) -> int:
+    from vla_jax.bench import data, run
 
-    line = json.dumps(bench.run(args.what, args.config, repeats=args.repeats, where=args.config_spec))
-    print(line)
-    if args.out:
-        with open(args.out, "a") as f:
-            f.write(line + "\n")
+    lines = []
+    where = {"sets": args.sets or data.SETS, "cores": args.cores, "seconds": args.seconds, "frames": args.frames}
+    for line in run.data(args.root, repeats=args.repeats, peers=data.PEERS if args.peers else (), **where):
+        _show(line, args.out)
+        lines.append(line)
+    print(data.table(lines), file=sys.stderr)
     return 0
+
+
+def _bench_step(args) -> int:
+    from vla_jax.bench import run
+
+    _show(run.step(args.config, repeats=args.repeats, where=args.config_spec), args.out)
+    return 0
+
+
+def _show(line: dict, file: str) -> None:
+    """A result as one JSON line, at once, and appended to `file` if one is named."""
+    print(json.dumps(line), flush=True)
+    if file:
+        with open(file, "a") as f:
+            f.write(json.dumps(line) + "\n")
 
 
 def _data_list(args) -> int:
@@ -215,9 +255,9 @@ def _data_check(args) -> int:
     from vla_jax.data import cards, mixture, rlds
 
     for card in mixture.load(args.mixture).cards:
-        directory = rlds.dataset_dir(args.root, card.name, card.version)
-        cards.check(card, directory)
-        print(f"{card.name}: fits {directory}")
+        place = rlds.dataset_dir(args.root, card.name, card.version)
+        cards.check(card, place)
+        print(f"{card.name}: fits {place}")
     return 0
 
 
@@ -227,13 +267,14 @@ def _indexes(args):
     from vla_jax.data import index, mixture
 
     for card in mixture.load(args.mixture).cards:
-        yield index.ensure(card, args.root, args.index_dir, progress=lambda files, name=card.name: tqdm(files, desc=name, unit="shard"))
+        show = lambda shards, total, name=card.name: tqdm(shards, total=total, desc=name, unit="shard")
+        yield index.ensure(card, args.root, args.index_dir, holdout=args.holdout, max_skipped=args.max_skipped, workers=args.workers, progress=show)
 
 
 def _data_index(args) -> int:
     for ix in _indexes(args):
         size = sum(f.stat().st_size for f in ix.path.iterdir())
-        skipped = ", ".join(f"{n} x {why}" for why, n in ix.skipped.items()) or "nothing"
+        skipped = ", ".join(f"{n} x {why}" for why, n in {**ix.skipped, **ix.filtered}.items()) or "nothing"
         print(
             f"{ix.card.name}: {ix.episodes} episodes, {ix.frames} frames, skipped {skipped}; {size / ix.frames:.0f} bytes a frame at {ix.path}"
         )
@@ -255,13 +296,32 @@ def _data_inspect(args) -> int:
             raise UserError(f"{ix.card.name} has episodes 0..{ix.episodes - 1}, not {args.episode}")
         first, end = (int(ix.episode_start[args.episode + i]) for i in (0, 1))
         print(
-            f"{ix.card.name} episode {args.episode}: {end - first} steps at {ix.card.control_hz:g} Hz, {ix.languages[ix.language[first]] if ix.languages else ''!r}"
+            f"{ix.card.name} episode {args.episode}: {end - first} steps at {ix.card.control_hz:g} Hz, {' | '.join(ix.instructions(first))!r}"
         )
         print(f"  views: {', '.join(f'{v} ({int(ix.image[first, i, 1])} bytes)' for i, v in enumerate(ix.views))}")
         for label, spec, values in (("state", ix.card.state, ix.state), ("action", ix.card.action, ix.action)):
             print(f"  {label}: " + ", ".join(f"{d.name} [{d.unit}, {d.frame}, {d.kind}]" for d in spec.dims))
             for row in np.asarray(values[first : min(first + args.steps, end)]):
                 print("    " + " ".join(f"{x:9.4f}" for x in row))
+    return 0
+
+
+def _data_report(args) -> int:
+    import dataclasses
+
+    from vla_jax.data import mixture, report
+
+    out = Path(args.out)
+    if out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out} must be a file that ends in .html")
+    c = config.load(args.config)[0] if args.config else config.Config()
+    for key in ("holdout", "max_skipped"):
+        if getattr(args, key) is None:
+            setattr(args, key, getattr(c.data, key))
+    where = {k: getattr(args, k) for k in ("root", "mixture", "index_dir", "holdout", "max_skipped")}
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, **where))
+    found = report.write(mixture.load(args.mixture), list(_indexes(args)), c, out)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {len(found)} warnings")
     return 0
 
 

@@ -27,8 +27,22 @@ class Data:
     max_chunk: int = 50  # steps; caps chunk_s * control_hz
     image_size: int = 224  # pixels; images are resized to a square
     views: tuple[str, ...] = ("base", "wrist", "wrist_right", "side")  # the order of cameras; those a card lacks are skipped
-    threads: int = 2  # decoding threads per process
+    history: int = 1  # steps that are seen: 2 adds the pictures and the state of the step before
+    resize: str = "linear"  # linear | antialias (slower; for pictures that shrink much)
+    max_skipped: float = 0.1  # share of a dataset's episodes (when indexed) or samples (when drawn) that may be bad before it is refused
+    threads: int = 0  # reading and decoding threads per process; 0: one a core, 64 where data.root is a URL
     prefetch: int = 2  # batches made ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    crop: float = 1.0  # smallest share of the picture's area that a random crop keeps; 1: no crop
+    crop_wrist: bool = False  # crop cameras on a wrist, too
+    brightness: float = 0.0  # largest change, as a share of the full range
+    contrast: float = 0.0  # factor 1 - contrast .. 1 + contrast
+    saturation: float = 0.0
+    hue: float = 0.0  # largest turn, as a share of the circle
+    where: str = "host"  # host (on the decoding threads) | device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +102,13 @@ _RANGES = {
     "data.holdout": (0.0, 0.9),
     "data.chunk_s": (0.01, 60.0),
     "data.max_chunk": (2, math.inf),
+    "data.max_skipped": (0.0, 1.0),
+    "data.threads": (0, 1024),
+    "augment.crop": (0.05, 1.0),
+    "augment.brightness": (0.0, 1.0),
+    "augment.contrast": (0.0, 1.0),
+    "augment.saturation": (0.0, 1.0),
+    "augment.hue": (0.0, 0.5),
     "tokens.action_scale": (1e-3, 1e6),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
@@ -107,6 +128,7 @@ class Config:
     """Raises: UserError, when made, for a number outside its range."""
 
     data: Data = Data()
+    augment: Augment = Augment()
     pack: Pack = Pack()
     tokens: Tokens = Tokens()
     model: Model = Model()
@@ -121,13 +143,19 @@ class Config:
                     raise UserError(
                         f"{key} is {value}; it must be {f'from {low:g} to {high:g}' if high < math.inf else f'at least {low:g}'}"
                     )
+        for key, value, allowed in (
+            ("data.resize", self.data.resize, ("linear", "antialias")),
+            ("augment.where", self.augment.where, ("host", "device")),
+        ):
+            if value not in allowed:
+                raise UserError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
         if self.pack.targets > self.pack.length:
             raise UserError(f"pack.targets {self.pack.targets} is above pack.length {self.pack.length}; lower --config.pack.targets")
 
     def digest(self) -> str:
         """Identifies what a checkpoint's shapes and learning depend on. Where data lies and how fast it is read do not count."""
         d = dataclasses.asdict(self)
-        for key in ("root", "index_dir", "threads", "prefetch"):
+        for key in ("root", "index_dir", "threads", "prefetch", "max_skipped"):
             d["data"].pop(key)
         for key in ("log_every", "eval_every", "eval_batches", "save_every", "keep", "allow_new_mixture", "steps"):
             d["train"].pop(key)

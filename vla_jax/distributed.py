@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .types import UserError
@@ -215,6 +216,29 @@ def agree(name: str, digest: str) -> None:
                 f"{', '.join(differ)}. This is process {process_index()}. Start all of them with the same "
                 "code, config and data."
             )
+
+
+@contextlib.contextmanager
+def together(doing: str) -> Iterator[None]:
+    """A block that every process runs; all leave it together. What goes wrong on one is raised on all as a UserError, so that
+    none waits for a process that has ended."""
+    problem: BaseException | None = None
+    try:
+        yield
+    except Exception as e:
+        problem = e
+    if process_count() > 1:
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        text = f"{type(problem).__name__}: {problem}" if problem and not isinstance(problem, UserError) else str(problem or "")
+        line = np.frombuffer(text.encode()[:2000].ljust(2000, b"\0"), np.uint8)
+        said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in np.asarray(multihost_utils.process_allgather(line))]
+        if problem is None and any(said):
+            first = next(i for i, t in enumerate(said) if t)
+            raise UserError(f"{doing} failed on process {first}: {said[first]}")
+    if problem is not None:
+        raise problem
 
 
 def broadcast_json(value: Any = None) -> Any:

@@ -25,7 +25,7 @@ PAD, IMAGE, STATE = 0, -1, -2
 class Dim:
     """One dimension of a state or action vector.
 
-    unit: m, rad or 1. frame: base, ee or joint. kind: delta, absolute or binary (a gripper: 1 = open).
+    unit: m, rad, 1, m/s, rad/s, N or N m. frame: base, ee, joint or world. kind: delta, absolute, velocity or binary (a gripper: 1 = open).
     """
 
     name: str
@@ -51,8 +51,9 @@ class Stats:
 class Sample:
     """One training example, in robot units (numpy).
 
-    images: {view: u8[h w 3]} of the cameras that exist; state f32[s]; actions f32[k a], rows past the episode's end
-    repeat its last action and are False in action_mask bool[k].
+    images: {view: u8[h w 3]} of the cameras that exist, and with a history of t steps those of the steps before (base@-1),
+    oldest first; state f32[t s] flattened; actions f32[k a], rows past the episode's end repeat its last action and are
+    False in action_mask bool[k].
     """
 
     images: dict[str, np.ndarray]
@@ -75,7 +76,8 @@ class Batch:
     sees its own segment's tokens of the same or a lower block (prefix 0, then 1, 2, ..); target i32[b n] is the id to
     predict at a position and loss_weight f32[b n] its weight (0 = no loss); state f32[b g s] normalised;
     actions f32[b g k a] normalised with action_mask bool[b g k a]; dataset i32[b g] (-1 = empty slot);
-    sample_id i64[b g] (numpy only: left behind before the device).
+    sample_id i64[b g] (numpy only: left behind before the device); change f32[b m 16], where pictures are augmented on the
+    device: crop and colour of each (data.augment; likewise left behind).
     """
 
     images: Any
@@ -90,6 +92,7 @@ class Batch:
     action_mask: Any
     dataset: Any
     sample_id: Any
+    change: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

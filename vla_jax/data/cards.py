@@ -6,15 +6,21 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from vla_jax import paths
-from vla_jax.data import rlds, standardize
+from vla_jax.data import filters, rlds, standardize
 from vla_jax.types import Dim, UserError
 
-UNITS, FRAMES, KINDS = ("m", "rad", "1", "m/s", "rad/s"), ("base", "ee", "joint"), ("delta", "absolute", "binary")
+UNITS = ("m", "rad", "1", "m/s", "rad/s", "N", "N m")
+FRAMES = ("base", "ee", "joint", "world")
+KINDS = ("delta", "absolute", "velocity", "binary")
+VIEWS = ("base", "side", "side_2", "side_3", "wrist", "wrist_right", "finger")
+GRIPPERS = ("open_high", "closed_high", "relative", "none", "unknown")  # the sense of the number as it was recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetCard:
-    """One dataset. Key paths are relative to a step; `views` maps a canonical camera name to its raw key."""
+    """One dataset. Key paths are relative to a step, those behind `episode:` to the episode; `views` maps a canonical
+    camera name to its raw key; `gripper` says in which sense state and action recorded it (the ops turn it: 1 = open)."""
 
     name: str
     version: str
@@ -39,8 +46,11 @@ class DatasetCard:
     splits: tuple[str, ...]
     views: dict[str, str]
     language: tuple[str, ...]
+    gripper: dict[str, str]
     state: Spec
     action: Spec
+    filters: tuple[dict, ...]
+    bgr: tuple[str, ...] = ()  # views whose red and blue were recorded the wrong way round
 
     @property
     def digest(self) -> str:
@@ -50,11 +60,13 @@ class DatasetCard:
             d.pop(key)
         return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:16]
 
+    def vectors(self) -> list[str]:
+        """The keys of numbers that state and action are made of."""
+        return list(dict.fromkeys([*standardize.keys(self.state.ops), *standardize.keys(self.action.ops)]))
+
     def keys(self) -> list[str]:
         """Every raw key that the card reads."""
-        ops = [*self.state.ops, *self.action.ops]
-        picked = [v["key"] if isinstance(v, dict) else v for op in ops for k, v in op.items() if k == "pick"]
-        return list(dict.fromkeys([*self.views.values(), *self.language, *picked]))
+        return list(dict.fromkeys([*self.views.values(), *self.language, *self.vectors(), *filters.keys(self.filters)]))
 
 
 def load(name: str) -> DatasetCard:
@@ -62,7 +74,7 @@ def load(name: str) -> DatasetCard:
     path = paths.find("data", name if name.endswith((".yaml", ".yml")) else f"cards/{name}.yaml")
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"card {path} is not valid YAML: {e}") from e
     return from_dict(raw, where=str(path))
 
@@ -76,33 +88,56 @@ def from_dict(raw: dict, *, where: str) -> DatasetCard:
     if not isinstance(raw, dict):
         raise UserError(f"card {where} must be a mapping of fields")
     fields = [f.name for f in dataclasses.fields(DatasetCard)]
-    wrong = sorted(set(raw) - set(fields)), sorted(set(fields) - set(raw))
+    raw = {"bgr": [], **raw}
+    wrong = sorted(map(str, set(raw) - set(fields))), sorted(set(fields) - set(raw))
     if any(wrong):
         raise UserError(f"card {where}: unknown fields {wrong[0]}, missing fields {wrong[1]}. A card has: {', '.join(fields)}.")
     hz = raw["control_hz"]
     if not isinstance(hz, (int, float)) or isinstance(hz, bool) or not 0 < hz < math.inf:
         raise UserError(f"card {where}: control_hz is {hz!r}; it must be a positive number of actions a second")
-    for key, kind in (("views", dict), ("language", list), ("splits", list)):
+    for key, kind in (("views", dict), ("gripper", dict), ("language", list), ("splits", list), ("bgr", list)):
         if not isinstance(raw[key], kind):
             raise UserError(f"card {where}: {key} must be a {kind.__name__}, got {raw[key]!r}")
+    for key in ("views", "gripper", "language", "splits", "bgr"):
+        odd = [v for v in (raw[key].values() if isinstance(raw[key], dict) else raw[key]) if not isinstance(v, str)]
+        if odd:
+            raise UserError(f"card {where}: {key} holds {odd[0]!r}; it must hold text")
+    if not raw["splits"]:
+        raise UserError(f"card {where}: splits is empty; name the splits to train on, as in [train]")
+    for key in ("name", "version"):  # they become folders below the data root and the index folder
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", str(raw[key])):
+            raise UserError(f"card {where}: {key} is {raw[key]!r}; it names a folder: letters, digits, _ . and - only")
+    for view in raw["views"]:
+        if view not in VIEWS:
+            raise UserError(f"card {where}: view {view!r} is no canonical name; allowed: {', '.join(VIEWS)}")
+    if not set(raw["bgr"]) <= set(raw["views"]):
+        raise UserError(f"card {where}: bgr is {raw['bgr']!r}; it lists views of the card: {', '.join(raw['views'])}")
+    if set(raw["gripper"]) != {"state", "action"} or not set(raw["gripper"].values()) <= set(GRIPPERS):
+        raise UserError(f"card {where}: gripper is {raw['gripper']!r}; it must say for state and action one of: {', '.join(GRIPPERS)}")
+    filters.check(raw["filters"], where)
     texts = {k: str(raw[k] or "") for k in ("name", "version", "source", "licence", "citation", "robot")}
-    views = {str(k): str(v) for k, v in raw["views"].items()}
-    return DatasetCard(
+    card = DatasetCard(
         **texts,
         control_hz=float(hz),
-        splits=tuple(map(str, raw["splits"])),
-        views=views,
-        language=tuple(map(str, raw["language"])),
+        splits=tuple(raw["splits"]),
+        views=dict(raw["views"]),
+        language=tuple(raw["language"]),
+        gripper=dict(raw["gripper"]),
         state=_spec(raw["state"], f"{where}: state"),
         action=_spec(raw["action"], f"{where}: action"),
+        filters=tuple(raw["filters"]),
+        bgr=tuple(raw["bgr"]),
     )
+    if not card.action.dims:
+        raise UserError(f"card {where}: action has no dims; a dataset without actions cannot be trained on")
+    return card
 
 
 def _spec(raw, where: str) -> Spec:
     if not isinstance(raw, dict) or set(raw) != {"ops", "dims"}:
         raise UserError(f"card {where} must have exactly the fields ops and dims")
-    if not isinstance(raw["ops"], list) or not isinstance(raw["dims"], list) or not raw["dims"]:
-        raise UserError(f"card {where}: ops and dims must be lists, and dims not empty")
+    if not isinstance(raw["ops"], list) or not isinstance(raw["dims"], list) or bool(raw["ops"]) != bool(raw["dims"]):
+        raise UserError(f"card {where}: ops and dims must be lists, both empty (nothing was recorded) or neither")
     dims = []
     for i, d in enumerate(raw["dims"]):
         if not isinstance(d, dict) or set(d) != {"name", "unit", "frame", "kind"}:
@@ -112,39 +147,44 @@ def _spec(raw, where: str) -> Spec:
             if value not in allowed:
                 raise UserError(f"card {where}.dims[{i}].{key} is {value!r}; allowed: {', '.join(allowed)}")
         dims.append(dim)
+    twice = sorted({d.name for d in dims if [e.name for e in dims].count(d.name) > 1})
+    if twice:
+        raise UserError(f"card {where}.dims: names must differ, {', '.join(twice)} stands more than once")
     standardize.check(raw["ops"], where)
     return Spec(tuple(raw["ops"]), tuple(dims))
 
 
-def check(card: DatasetCard, directory: Path) -> None:
+def check(card: DatasetCard, directory: str | Path) -> None:
     """Holds a card against a dataset's own features.json.
 
     Raises: UserError listing every key that is absent or of the wrong kind, and a vector whose length differs from its dims.
     """
-    have = rlds.features(directory)
-    problems = []
-    for key in card.keys():
-        if key not in have:
-            problems.append(f"key {key!r} is not in features.json (it has: {', '.join(sorted(have))})")
-        elif key in card.views.values() and have[key].kind != "image":
-            problems.append(f"view key {key!r} is of kind {have[key].kind}, not an image")
-        elif key in card.language and have[key].dtype != "string":
-            problems.append(f"language key {key!r} is {have[key].dtype}, not a string")
-    if not problems:
-        for label, spec in (("state", card.state), ("action", card.action)):
-            fields = {k: _zeros(f.shape) for k, f in have.items() if f.kind == "tensor" and f.dtype != "string"}
-            try:
-                width = standardize.apply(spec.ops, fields).shape[1]
-            except (KeyError, IndexError, ValueError) as e:
-                problems.append(f"{label}: ops do not fit the fields ({e})")
-                continue
-            if width != len(spec.dims):
-                problems.append(f"{label} has {width} numbers after its ops but the card names {len(spec.dims)} dims")
+    problems = misfits(card, rlds.features(directory))
     if problems:
         raise UserError(f"card {card.name} does not fit {directory}:\n  - " + "\n  - ".join(problems))
 
 
-def _zeros(shape):
-    import numpy as np
-
-    return np.zeros((2, int(np.prod([max(d, 1) for d in shape], dtype=int))), np.float32)
+def misfits(card: DatasetCard, have: dict[str, rlds.Feature]) -> list[str]:
+    """What does not fit between a card and the fields that a dataset has, one sentence each."""
+    problems = []
+    for key in card.keys():
+        if key not in have:
+            problems.append(f"key {key!r} is not in features.json (it has: {', '.join(sorted(have))})")
+        elif key in card.views.values() and not have[key].is_picture:
+            problems.append(f"view key {key!r} is {have[key].kind} {have[key].dtype} {list(have[key].shape)}, not an RGB image")
+        elif key in card.language and have[key].dtype not in ("string", "int32", "int64", "uint8"):
+            problems.append(f"language key {key!r} is {have[key].dtype}, not a string")
+        elif key in card.vectors() and (have[key].kind != "tensor" or have[key].dtype == "string"):
+            problems.append(f"key {key!r} is {have[key].kind} {have[key].dtype}, not numbers")
+    if problems:
+        return problems
+    fields = {k: np.zeros((2, max(1, math.prod(max(d, 1) for d in have[k].shape))), np.float32) for k in card.vectors()}
+    for label, spec in (("state", card.state), ("action", card.action)):
+        try:
+            width = standardize.apply(spec.ops, fields).shape[1]
+        except (KeyError, IndexError, ValueError) as e:
+            problems.append(f"{label}: ops do not fit the fields ({e})")
+            continue
+        if width != len(spec.dims):
+            problems.append(f"{label} has {width} numbers after its ops but the card names {len(spec.dims)} dims")
+    return problems

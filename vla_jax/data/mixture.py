@@ -20,7 +20,7 @@ from vla_jax.data import cards
 from vla_jax.data.cards import DatasetCard
 from vla_jax.types import UserError
 
-BLOCK = 1 << 14  # samples; within each block every dataset has its exact quota
+BLOCK = 1 << 16  # samples; within each block every dataset has its exact quota
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ def load(name: str) -> Mixture:
         raise UserError(f"mixture {path} is not valid YAML: {e}") from e
     if (
         not isinstance(raw, dict)
-        or set(raw) != {"name", "weight", "datasets"}
+        or set(raw) != {"name", "source", "weight", "datasets"}
         or not isinstance(raw["datasets"], dict)
         or not raw["datasets"]
     ):
-        raise UserError(f"mixture {path} must have exactly: name, weight (per_dataset or times_size), datasets (name: weight)")
+        raise UserError(f"mixture {path} must have exactly: name, source (where the weights were published), weight (per_dataset or times_size), datasets (name: weight)")
     if raw["weight"] not in ("per_dataset", "times_size"):
         raise UserError(f"mixture {path}: weight is {raw['weight']!r}; allowed: per_dataset, times_size")
     for key, value in raw["datasets"].items():
@@ -72,6 +72,8 @@ class Sampler:
     @classmethod
     def make(cls, seed: int, sizes, weights, *, times_size: bool = False) -> Sampler:
         """Raises: UserError for an empty dataset."""
+        if len(sizes) > BLOCK:
+            raise UserError(f"a mixture of {len(sizes)} datasets; at most {BLOCK} can be drawn from")
         empty = [i for i, s in enumerate(sizes) if s < 1]
         if empty:
             raise UserError(f"datasets {empty} of the mixture have no frames to draw from")
@@ -81,7 +83,7 @@ class Sampler:
         while quotas.sum() < BLOCK:  # largest remainder
             quotas[np.argmax(share - quotas)] += 1
         while quotas.sum() > BLOCK:
-            quotas[np.argmax(quotas - share)] -= 1
+            quotas[np.argmax(np.where(quotas > 1, quotas - share, -np.inf))] -= 1  # nothing is left out altogether
         return cls(seed, tuple(map(int, sizes)), tuple(map(int, quotas)))
 
     def draw(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -95,7 +97,7 @@ class Sampler:
             number[here] = block * np.array(self.quotas)[dataset[here]] + rank[n[here] % BLOCK]
         size = np.array(self.sizes)[dataset]
         epoch = number // size
-        return dataset, epoch, _permute(number % size, size, _key(self.seed, 1 + dataset, epoch))
+        return dataset, epoch, _permute(number % size, size, mix_keys(self.seed, 1 + dataset, epoch))
 
     def fingerprint(self, digests) -> str:
         """Of all that decides which frames are drawn: seed, sizes, quotas and the indexes' digests."""
@@ -106,12 +108,16 @@ class Sampler:
 @functools.lru_cache(maxsize=4)
 def _deal(seed: int, quotas: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each slot of a block: its dataset, and how many slots of that dataset come before it; i64[BLOCK] each."""
-    place = _permute(np.arange(BLOCK), np.full(BLOCK, BLOCK), _key(seed, 0, block))
+    place = _permute(np.arange(BLOCK), np.full(BLOCK, BLOCK), mix_keys(seed, _DEAL, block))
     dataset = np.searchsorted(np.cumsum(quotas), place, side="right")
     order = np.argsort(dataset, kind="stable")
     rank = np.empty(BLOCK, np.int64)
     rank[order] = np.arange(BLOCK) - np.repeat(np.cumsum(quotas) - quotas, quotas)
     return dataset, rank
+
+
+# What a key is for, so that no two uses share random numbers. Datasets are 1 + their number in a mixture.
+_DEAL, INSTRUCTION, AUGMENT = 0, 1 << 32, 1 << 33
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -122,7 +128,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def _key(*parts) -> np.ndarray:
+def mix_keys(*parts) -> np.ndarray:
+    """u64: a hash of whole numbers (arrays broadcast), whose bits look independent."""
     key = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -140,7 +147,7 @@ def _permute(i: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     while todo.any():
         left, right = x >> half, x & mask
         for r in range(4):
-            left, right = right, left ^ (_mix(right + _key(r, 7) ^ key) & mask)
+            left, right = right, left ^ (_mix(right + mix_keys(r, 7) ^ key) & mask)
         x = np.where(todo, (left << half) | right, x)
         todo = todo & (x >= size.astype(np.uint64))
     return x.astype(np.int64)

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
-from vla_jax.data import images
+from vla_jax.data import augment, images, mixture, records
+from vla_jax.data.augment import Augmenter
+from vla_jax.data.images import UndecodableImage
 from vla_jax.data.index import StepIndex
+from vla_jax.data.store import Unreadable
 from vla_jax.types import Sample
-
-
-class ShardReader:
-    """Ranged reads from shard files. File handles are opened once and shared by all threads (pread has no position)."""
-
-    def __init__(self):
-        self._open: dict = {}
-        self._lock = threading.Lock()
-
-    def read(self, path, offset: int, length: int) -> bytes:
-        """Raises: images.UndecodableImage when the shard is gone or shorter than indexed."""
-        handle = self._open.get(path)
-        if handle is None:
-            with self._lock:
-                handle = self._open.get(path)
-                if handle is None:
-                    try:
-                        handle = os.open(path, os.O_RDONLY)
-                    except OSError as e:
-                        raise images.UndecodableImage(f"{path}: {e.strerror}") from e
-                    self._open[path] = handle
-        data = os.pread(handle, length, offset)
-        if len(data) != length:
-            raise images.UndecodableImage(f"{path} ends before byte {offset + length}")
-        return data
-
-    def close(self) -> None:
-        with self._lock:
-            for handle in self._open.values():
-                os.close(handle)
-            self._open.clear()
 
 
 def chunk_steps(control_hz: float, chunk_s: float, max_chunk: int) -> int:
@@ -48,35 +21,141 @@ def chunk_steps(control_hz: float, chunk_s: float, max_chunk: int) -> int:
     return int(np.clip(round(control_hz * chunk_s), 2, max_chunk))
 
 
-def actions(index: StepIndex, frame: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(f32[steps a], bool[steps]): from `frame` on; past the episode's end the last action repeats with mask False."""
-    end = int(index.episode_start[index.frame_episode[frame] + 1])
-    at = np.arange(frame, frame + steps)
-    return np.asarray(index.action[np.minimum(at, end - 1)]), at < end
+def actions(index: StepIndex, frame, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(f32[.. steps a], bool[.. steps]): from each frame on; past the episode's end the last action repeats with mask False."""
+    frame = np.asarray(frame)
+    end = index.episode_start[index.episode_of(frame) + 1][..., None]
+    at = frame[..., None] + np.arange(steps)
+    return index.action[np.minimum(at, end - 1)], at < end
 
 
-def views(index: StepIndex, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the wanted views that the dataset has, in the wanted order."""
-    return tuple(v for v in wanted if v in index.views)
+def states(index: StepIndex, frame, history: int = 1) -> np.ndarray:
+    """f32[.. history s], oldest first; before the episode's start its first state repeats."""
+    frame = np.asarray(frame)
+    first = index.episode_start[index.episode_of(frame)][..., None]
+    return index.state[np.maximum(frame[..., None] - np.arange(history - 1, -1, -1), first)]
+
+
+def lagged(view: str, lag: int) -> str:
+    """The name of a view `lag` steps ago: base, base@-1, base@-2, .."""
+    return f"{view}@-{lag}" if lag else view
+
+
+class Picture(NamedTuple):
+    """Where one picture lies. name: its view, base@-1 for that of one step ago; record: where its episode's record begins in the
+    shard (an ArrayRecord's number); offset in the record and length in bytes."""
+
+    name: str
+    view: str
+    shard: int
+    record: int
+    offset: int
+    length: int
+
+
+def pictures(index: StepIndex, frames: np.ndarray, wanted: tuple[str, ...], history: int = 1) -> list[tuple[Picture, ...]]:
+    """All pictures that the sample of each frame has: oldest step first, then in the wanted order. Views that the dataset or
+    the step lacks, and steps before the episode's start, are not there."""
+    episode = index.episode_of(frames)
+    first, shard, record = index.episode_start[episode], index.episode_shard[episode].tolist(), index.episode_offset[episode].tolist()
+    out: list[list[Picture]] = [[] for _ in shard]
+    for lag in range(history - 1, -1, -1):
+        there = (frames - lag >= first).tolist()
+        places = index.image[np.maximum(frames - lag, first)]
+        for view in (v for v in wanted if v in index.card.views):
+            name = lagged(view, lag)
+            for i, (offset, length) in enumerate(places[:, index.views.index(view)].tolist()):
+                if length and there[i]:
+                    out[i].append(Picture(name, view, shard[i], record[i], offset, length))
+    return [tuple(x) for x in out]
+
+
+def picture(index: StepIndex, frame: int, view: str) -> Picture:
+    """One picture of a frame, whether or not it is there (length 0)."""
+    episode = int(index.episode_of(frame))
+    offset, length = index.image[frame, index.views.index(view)].tolist()
+    return Picture(view, view, int(index.episode_shard[episode]), int(index.episode_offset[episode]), offset, length)
+
+
+def fetch(index: StepIndex, at: Picture) -> bytes:
+    """The stored bytes of one picture: one ranged read. Raises: UndecodableImage."""
+    if at.shard in index.missing:
+        raise UndecodableImage(f"{index.place}/{index.shards[at.shard]} is gone", "shard deleted after indexing")
+    try:
+        if ".array_record" in index.shards[at.shard]:
+            return _array_record(index, at.shard, at.record)[at.offset : at.offset + at.length]
+        return index.place.read(index.shards[at.shard], at.record + at.offset, at.length)
+    except Unreadable as e:
+        raise UndecodableImage(str(e), "unreadable shard") from e
+
+
+_one_reader = threading.Lock()
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(index: StepIndex, number: int):
+    return records.open_array_record(index.place, index.shards[number])
+
+
+@functools.lru_cache(maxsize=16)
+def _array_record(index: StepIndex, number: int, record: int) -> bytes:
+    """An ArrayRecord's records are compressed: a picture costs its whole episode, so the last few are kept."""
+    try:
+        with _one_reader:
+            return _reader(index, number).read([record])[0]
+    except (RuntimeError, ValueError, IndexError) as e:
+        raise Unreadable(f"{index.place}/{index.shards[number]} record {record}: {e}") from e
+
+
+def instruction(index: StepIndex, frame: int, seed: int, sample_id: int) -> str:
+    """One of the frame's instructions, each equally often, the same for the same sample; "" if it has none."""
+    said = index.instructions(frame)
+    if len(said) < 2:
+        return said[0] if said else ""
+    return said[int(mixture.mix_keys(seed, mixture.INSTRUCTION, sample_id) % np.uint64(len(said)))]
+
+
+def pixels(
+    index: StepIndex, at: Picture, *, size: int, resize: str, change: augment.Change | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """One picture, decoded, resized and (where `change` says how) augmented: u8[size size 3], into `out` if given.
+
+    Raises: UndecodableImage.
+    """
+    image = images.decode(fetch(index, at), index.pictures[at.view], bgr=at.view in index.card.bgr)
+    if change is None:
+        return images.resize(image, size, resize, out)
+    return augment.apply(image, change, size, resize, out)
 
 
 def make(
-    index: StepIndex, frame: int, *, steps: int, dataset: int, sample_id: int, size: int, wanted: tuple[str, ...], reader: ShardReader
+    index: StepIndex,
+    frame: int,
+    *,
+    steps: int,
+    dataset: int,
+    sample_id: int,
+    size: int,
+    wanted: tuple[str, ...],
+    history: int = 1,
+    resize: str = "linear",
+    seed: int = 0,
+    augmenter: Augmenter | None = None,
 ) -> Sample:
-    """Raises: images.UndecodableImage."""
-    episode = int(index.frame_episode[frame])
-    shard = index.shards[index.episode_shard[episode]]
-    pictures = {}
-    for view in views(index, wanted):
-        offset, length = index.image[frame, index.views.index(view)]
-        pictures[view] = images.resize(images.decode(reader.read(shard, int(offset), int(length))), size)
+    """Raises: UndecodableImage."""
+    made = {}
+    change = augmenter.changes(np.array([sample_id]))[0] if augmenter else None
+    for at in pictures(index, np.array([frame]), wanted, history)[0]:
+        how = augmenter.of_view(change, at.view) if augmenter else None
+        made[at.name] = pixels(index, at, size=size, resize=resize, change=how)
     chunk, mask = actions(index, frame, steps)
+    episode = int(index.episode_of(frame))
     return Sample(
-        images=pictures,
-        state=np.asarray(index.state[frame]),
-        actions=chunk,
+        images=made,
+        state=states(index, frame, history).reshape(-1),
+        actions=np.asarray(chunk),
         action_mask=mask,
-        prompt=index.languages[index.language[frame]] if index.languages else "",
+        prompt=instruction(index, frame, seed, sample_id),
         dataset=dataset,
         episode=episode,
         step=frame - int(index.episode_start[episode]),

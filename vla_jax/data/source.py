@@ -10,7 +10,8 @@ import numpy as np
 
 from vla_jax import distributed
 from vla_jax.config import Config
-from vla_jax.data import index, mixture, pack, sample, stats
+from vla_jax.data import cards, index, mixture, pack, rlds, sample, stats
+from vla_jax.data.augment import Augmenter
 from vla_jax.data.index import StepIndex
 from vla_jax.data.mixture import Sampler
 from vla_jax.tokens import actions, text
@@ -21,16 +22,29 @@ _FIT_CHUNKS = 8192  # drawn from the mixture to fit the action tokenizer
 
 
 def open_indexes(config: Config, *, progress=None) -> tuple[mixture.Mixture, tuple[StepIndex, ...]]:
-    """The mixture and its indexes; what is missing is built by the first process while the others wait.
+    """The mixture and its indexes. What is missing is built first: the shards of a dataset are shared out among the hosts,
+    each scans its own with several processes, and the first host merges; `data.index_dir` must be a folder that all of them see.
 
-    Raises: UserError for any fault of cards, folders or files.
+    Raises: UserError, on every host, for any fault of cards, folders or files.
     """
-    mix = mixture.load(config.data.mixture)
+    mix, d = mixture.load(config.data.mixture), config.data
+    share = distributed.process_index(), distributed.process_count()
     opened = []
-    if distributed.is_main():
-        opened = [index.ensure(card, config.data.root, config.data.index_dir, progress=progress) for card in mix.cards]
-    distributed.barrier("index")
-    return mix, tuple(opened or (index.ensure(card, config.data.root, config.data.index_dir) for card in mix.cards))
+    for card in mix.cards:
+        with distributed.together(f"indexing {card.name}"):
+            place = rlds.dataset_dir(d.root, card.name, card.version)
+            cards.check(card, place)
+            path = index.location(card, place, d.index_dir)
+            have = (path / "meta.json").is_file()
+        with distributed.together(f"scanning {card.name}"):
+            if not have:
+                index.scan_shards(card, place, path, share=share, progress=progress and (lambda i, n, c=card: progress(i, n, c.name)))
+        with distributed.together(f"merging {card.name}"):
+            if not have and share[0] == 0:
+                index.merge(card, place, path, holdout=d.holdout)
+        with distributed.together(f"opening {card.name}"):
+            opened.append(index.open_index(card, place, path, max_skipped=d.max_skipped))
+    return mix, tuple(opened)
 
 
 def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path | None = None, refit: bool = False, progress=None) -> Source:
@@ -69,21 +83,51 @@ def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path |
 def fit_tokenizer(source: Source, config: Config) -> actions.FastTokenizer:
     """FAST on normalised training chunks drawn as training will draw them; the same on every host."""
     dataset, _, place = source.sampler.draw(np.arange(min(_FIT_CHUNKS, sum(map(len, source.frames)))))
-    chunks = [source.chunk(int(d), int(source.frames[d][i]))[0] for d, i in zip(dataset, place)]
+    chunks = []
+    for d in range(len(source.indexes)):
+        chunks += list(source.chunks(d, source.frames[d][place[dataset == d]])[0])
     return actions.fit(chunks, vocab_size=config.tokens.action_vocab, scale=config.tokens.action_scale)
 
 
 @dataclasses.dataclass(frozen=True)
+class Frames:
+    """The frames of some of an index's episodes, numbered from 0 without gaps. Costs two numbers an episode, none a frame."""
+
+    first: np.ndarray  # i64[episodes] in the index
+    start: np.ndarray  # i64[episodes + 1] in this numbering
+
+    @classmethod
+    def of(cls, ix: StepIndex, keep: np.ndarray) -> Frames:
+        """keep: bool[episodes of the index]."""
+        lengths = np.diff(ix.episode_start)[keep]
+        return cls(ix.episode_start[:-1][keep], np.concatenate([[0], np.cumsum(lengths)]))
+
+    def __len__(self) -> int:
+        return int(self.start[-1])
+
+    def __getitem__(self, number) -> np.ndarray:
+        """Number(s) here -> frame(s) of the index."""
+        number = np.asarray(number)
+        episode = np.searchsorted(self.start, number, side="right") - 1
+        return self.first[episode] + number - self.start[episode]
+
+    def spread(self, most: int) -> np.ndarray:
+        """At most `most` frames, evenly spaced."""
+        return self[np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64))]
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
-    """All that turns sample numbers into samples; the same on every host. `frames` lists what may be drawn."""
+    """All that turns sample numbers into samples; the same on every host. `frames` are those that may be drawn."""
 
     indexes: tuple[StepIndex, ...]
-    frames: tuple[np.ndarray, ...]
+    frames: tuple[Frames, ...]
     statistics: tuple[dict[str, Stats], ...]
     normalizers: tuple[dict[str, stats.Normalizer], ...]
     sampler: Sampler
     layout: Layout
     config: Config
+    augmenter: Augmenter | None  # None: pictures as they are
 
     @classmethod
     def make(
@@ -101,9 +145,9 @@ class Source:
         """Raises: UserError when a dataset has no frames left."""
         frames = []
         for ix in indexes:
-            mask = ix.held_out(config.data.holdout)[ix.frame_episode]
-            frames.append(np.flatnonzero(mask if held_out else ~mask))
-            if not frames[-1].size:
+            mask = ix.held_out(config.data.holdout)
+            frames.append(Frames.of(ix, mask if held_out else ~mask))
+            if not len(frames[-1]):
                 raise UserError(
                     f"dataset {ix.card.name} has no {'held-out' if held_out else 'training'} frames ({ix.episodes} episodes, data.holdout={config.data.holdout:g})"
                 )
@@ -114,8 +158,11 @@ class Source:
             }
             for ix, s in zip(indexes, statistics)
         )
-        sampler = Sampler.make(config.train.seed if seed is None else seed, [len(f) for f in frames], weights, times_size=times_size)
-        return cls(tuple(indexes), tuple(frames), tuple(statistics), normalizers, sampler, layout, config)
+        seed = config.train.seed if seed is None else seed
+        sampler = Sampler.make(seed, [len(f) for f in frames], weights, times_size=times_size)
+        augmenter = Augmenter(config.augment, seed)
+        augmenter = augmenter if augmenter.active and not held_out else None
+        return cls(tuple(indexes), tuple(frames), tuple(statistics), normalizers, sampler, layout, config, augmenter)
 
     def held_out(self, seed: int = 0) -> Source:
         """The same data, drawing evenly from the episodes kept for evaluation."""
@@ -127,13 +174,13 @@ class Source:
         """Raises: UserError when a dataset's typical sample is larger than a row, or has none of the wanted views."""
         p = self.config.pack
         for d, ix in enumerate(self.indexes):
-            items = [self.item(d, int(f), 0) for f in self.frames[d][:: max(1, len(self.frames[d]) // 16)]]
-            if self.config.data.views and not items[0].views:
+            items = self.items(d, self.frames[d].spread(16), np.zeros(min(16, len(self.frames[d])), np.int64))
+            if self.config.data.views and not any(i.pictures for i in items):
                 raise UserError(
                     f"{ix.card.name} has none of the views {', '.join(self.config.data.views)}; it has {', '.join(ix.views)}. "
                     "Add one to data.views, or set it to () to train without images."
                 )
-            need = (max(i.sequence.length for i in items), len(items[0].views), max(i.sequence.targets for i in items))
+            need = (max(i.sequence.length for i in items), max(len(i.pictures) for i in items), max(i.sequence.targets for i in items))
             for have, want, name in zip((p.length, p.images, p.targets), need, ("pack.length", "pack.images", "pack.targets")):
                 if want > have:
                     raise UserError(
@@ -150,7 +197,7 @@ class Source:
         return (
             max(self.steps(d) for d in range(len(self.indexes))),
             max(ix.action.shape[1] for ix in self.indexes),
-            max(ix.state.shape[1] for ix in self.indexes),
+            max(ix.state.shape[1] for ix in self.indexes) * self.config.data.history,
         )
 
     def steps(self, dataset: int) -> int:
@@ -160,20 +207,63 @@ class Source:
     def fingerprint(self) -> str:
         return self.sampler.fingerprint([ix.digest for ix in self.indexes])
 
-    def chunk(self, dataset: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """(normalised actions f32[k a], mask bool[k]) from a frame on."""
-        chunk, mask = sample.actions(self.indexes[dataset], frame, self.steps(dataset))
+    def normalize_state(self, dataset: int, state: np.ndarray) -> np.ndarray:
+        """f32[history * s] in robot units, as types.Sample has it -> the same normalised."""
+        steps = state.reshape(self.config.data.history, -1)
+        return self.normalizers[dataset]["state"].normalize(steps).reshape(-1)
+
+    def chunks(self, dataset: int, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(normalised actions f32[n k a], mask bool[n k]) from each of n frames of the index on."""
+        chunk, mask = sample.actions(self.indexes[dataset], frames, self.steps(dataset))
         return self.normalizers[dataset]["action"].normalize(chunk), mask
 
-    def item(self, dataset: int, frame: int, sample_id: int) -> pack.Item:
-        """A sample's tokens and normalised numbers; no image is read."""
-        index, normal = self.indexes[dataset], self.normalizers[dataset]
-        chunk, mask = self.chunk(dataset, frame)
-        views = sample.views(index, self.config.data.views)
-        text = index.languages[index.language[frame]] if index.languages else ""
-        prompt = self.layout.prompt(index.card.name, text)
-        sequence = self.layout.build(images=len(views), prompt=prompt, chunk=chunk)
-        return pack.Item(sample_id, dataset, frame, sequence, views, normal["state"].normalize(np.asarray(index.state[frame])), chunk, mask)
+    def draw(self, numbers: np.ndarray) -> list[pack.Item]:
+        """The samples of these numbers, in their order: tokens and normalised numbers; no image is read."""
+        numbers = np.asarray(numbers, np.int64)
+        dataset, _, place = self.sampler.draw(numbers)
+        out: list = [None] * len(numbers)
+        for d in np.unique(dataset).tolist():
+            here = np.flatnonzero(dataset == d)
+            for at, item in zip(here.tolist(), self.items(d, self.frames[d][place[here]], numbers[here])):
+                out[at] = item
+        return out
+
+    def items(self, dataset: int, frames: np.ndarray, numbers: np.ndarray) -> list[pack.Item]:
+        """One dataset's frames of the index, each with its sample's number."""
+        ix, c, normal = self.indexes[dataset], self.config.data, self.normalizers[dataset]
+        chunks, masks = self.chunks(dataset, frames)
+        states = normal["state"].normalize(sample.states(ix, frames, c.history)).reshape(len(frames), -1)
+        tokens = self.layout.action.encode_batch(chunks) if self.layout.action else [np.zeros(0, np.int32)] * len(frames)
+        pictures = sample.pictures(ix, frames, c.views, c.history)
+        changes = self.augmenter.changes(numbers) if self.augmenter else [None] * len(frames)
+        out = []
+        for i, (frame, number) in enumerate(zip(frames.tolist(), numbers.tolist())):
+            prompt = self.layout.prompt(ix.card.name, sample.instruction(ix, frame, self.sampler.seed, number))
+            sequence = self.layout.build(images=len(pictures[i]), prompt=prompt, action_tokens=tokens[i])
+            out.append(pack.Item(number, dataset, frame, sequence, pictures[i], states[i], chunks[i], masks[i], changes[i]))
+        return out
+
+    def pixels(self, item: pack.Item, which: int, out: np.ndarray) -> None:
+        """Reads, decodes, resizes and augments one of an item's pictures into `out`. Raises: images.UndecodableImage."""
+        at, c = item.pictures[which], self.config
+        change = self.augmenter.of_view(item.change, at.view) if item.change and c.augment.where == "host" else None
+        sample.pixels(self.indexes[item.dataset], at, size=c.data.image_size, resize=c.data.resize, change=change, out=out)
+
+    def sample(self, dataset: int, frame: int, sample_id: int = 0):
+        """A whole types.Sample in robot units, for people, oracles and evaluation."""
+        c = self.config.data
+        return sample.make(
+            self.indexes[dataset],
+            frame,
+            steps=self.steps(dataset),
+            dataset=dataset,
+            sample_id=sample_id,
+            size=c.image_size,
+            wanted=c.views,
+            history=c.history,
+            resize=c.resize,
+            seed=self.sampler.seed,
+        )
 
 
 def token_report(source: Source, *, chunks: int = 512) -> list[dict]:
@@ -181,8 +271,7 @@ def token_report(source: Source, *, chunks: int = 512) -> list[dict]:
     out, action = [], source.layout.action
     for d, ix in enumerate(source.indexes):
         lengths, errors, clamped = [], [], []
-        for f in source.frames[d][:: max(1, len(source.frames[d]) // chunks)]:
-            chunk, mask = source.chunk(d, int(f))
+        for chunk, mask in zip(*source.chunks(d, source.frames[d].spread(chunks))):
             ids = action.encode(chunk)
             back, _ = action.decode(ids, steps=len(chunk), dims=chunk.shape[1])
             undo = source.normalizers[d]["action"].denormalize

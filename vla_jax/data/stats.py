@@ -3,25 +3,139 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 
-from vla_jax.data.index import StepIndex
-from vla_jax.types import Dim, Stats
+from vla_jax.types import Dim, Stats, UserError
+
+_BITS = 12  # low bits of a float32 that a quantile's bucket leaves out: 11 bits of mantissa stay, 2^-11 relative width
 
 
-def compute(index: StepIndex, holdout: float) -> dict[str, Stats]:
-    """{"state": Stats, "action": Stats} over the frames of episodes that are not held out."""
-    keep = ~index.held_out(holdout)[index.frame_episode]
-    return {"state": of(index.state[keep]), "action": of(index.action[keep])}
+class Running:
+    """Statistics of a stream of rows f32[n dims], in bounded memory; two of them add up to one (`merge`).
+
+    mean and std by the parallel algorithm of Chan, Golub and LeVeque (1979) in float64. Quantiles from a histogram whose
+    buckets are floats that agree in their upper 20 bits, each with its own mean: a quantile is off by at most 2^-11 of its own
+    size, and exact where values are few (grippers, constants). The buckets do not depend on the order of the rows.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.m2 = 0, None, None
+        self.low = self.high = None
+        self.buckets: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # per dimension: key u32, count i64, sum f64
+
+    def update(self, rows: np.ndarray) -> None:
+        """rows: finite f32[n dims]."""
+        rows = np.asarray(rows, np.float32)
+        if len(rows):
+            self._add(_of(rows))
+
+    def merge(self, other: Running) -> None:
+        if other.count:
+            self._add(other)
+
+    def _add(self, other: Running) -> None:
+        if not self.count:
+            self.__dict__.update({k: list(v) if isinstance(v, list) else v for k, v in other.__dict__.items()})
+            return
+        total, delta = self.count + other.count, other.mean - self.mean
+        self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / total)
+        self.mean = self.mean + delta * (other.count / total)
+        self.count = total
+        self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        self.buckets = [_joined(a, b) for a, b in zip(self.buckets, other.buckets)]
+
+    def stats(self) -> Stats:
+        """Raises: UserError when no row was seen."""
+        if not self.count:
+            raise UserError("no training frames to take statistics of: lower data.holdout, or add episodes")
+        q01, q99 = ([self._quantile(d, q) for d in range(len(self.mean))] for q in (0.01, 0.99))
+        f32 = lambda x: np.asarray(x, np.float32)
+        inside = lambda q: np.clip(f32(q), f32(self.low), f32(self.high))  # a bucket's mean may round beyond the largest value
+        return Stats(
+            f32(self.mean), f32(np.sqrt(self.m2 / self.count)), inside(q01), inside(q99), f32(self.low), f32(self.high), self.count
+        )
+
+    def _quantile(self, dim: int, q: float) -> float:
+        """Linear between the two values around the rank, as numpy.quantile."""
+        _, counts, sums = self.buckets[dim]
+        ends, rank = np.cumsum(counts), q * (self.count - 1)
+        value = lambda i: sums[at := int(np.searchsorted(ends, i, side="right"))] / counts[at]
+        below = int(np.floor(rank))
+        return value(below) + (value(min(below + 1, self.count - 1)) - value(below)) * (rank - below)
 
 
-def of(x: np.ndarray) -> Stats:
-    """f32[frames dims] -> Stats. Quantiles interpolate linearly; sums are in float64."""
-    x64 = np.asarray(x, np.float64)
-    q01, q99 = np.quantile(x64, [0.01, 0.99], axis=0)
-    values = (x64.mean(0), x64.std(0), q01, q99, x64.min(0), x64.max(0))
-    return Stats(*(v.astype(np.float32) for v in values), count=len(x))
+def _of(rows: np.ndarray) -> Running:
+    out, x = Running(), rows.astype(np.float64)
+    out.count, out.mean = len(x), x.mean(axis=0)
+    out.m2 = ((x - out.mean) ** 2).sum(axis=0)
+    out.low, out.high = x.min(axis=0), x.max(axis=0)
+    for column in rows.T:
+        raw = np.ascontiguousarray(column + np.float32(0)).view(np.uint32)  # + 0: minus zero is zero
+        ordered = np.where(raw >> 31, ~raw, raw | np.uint32(1 << 31))  # as unsigned numbers they sort as the floats do
+        keys, which, counts = np.unique(ordered >> _BITS, return_inverse=True, return_counts=True)
+        out.buckets.append((keys, counts, np.bincount(which, weights=column.astype(np.float64), minlength=len(keys))))
+    return out
+
+
+def _joined(a, b):
+    keys, which = np.unique(np.concatenate([a[0], b[0]]), return_inverse=True)
+    counts = np.bincount(which, weights=np.concatenate([a[1], b[1]]), minlength=len(keys)).astype(np.int64)
+    return keys, counts, np.bincount(which, weights=np.concatenate([a[2], b[2]]), minlength=len(keys))
+
+
+def of(rows: np.ndarray) -> Stats:
+    """f32[n dims] -> Stats."""
+    running = Running()
+    running.update(rows)
+    return running.stats()
+
+
+def compute(index, holdout: float) -> dict[str, Stats]:
+    """{"state": Stats, "action": Stats} over the frames of episodes that are not held out: the ones that the scan left beside
+    the index, or, for another holdout, a pass over the index's numbers (no image is read).
+
+    index: data.index.StepIndex. Raises: UserError when the file beside the index is of another card or index.
+    """
+    kept = load(index.path, card=index.card.digest, index=index.digest, holdout=holdout)
+    if kept:
+        return kept
+    keep, made = ~index.held_out(holdout), {"state": Running(), "action": Running()}
+    for first in range(0, index.episodes, 4096):
+        last = min(first + 4096, index.episodes)
+        at = index.episode_start[first : last + 1]
+        rows = np.repeat(keep[first:last], np.diff(at))
+        for key, running in made.items():
+            running.update(getattr(index, key)[at[0] : at[-1]][rows])
+    return {key: running.stats() for key, running in made.items()}
+
+
+def _file(folder: Path, holdout: float) -> Path:
+    return folder / f"stats-{holdout:g}.json"
+
+
+def save(found: dict[str, Stats], folder: Path, *, card: str, index: str, holdout: float) -> None:
+    body = {"card": card, "index": index, "holdout": holdout, "stats": to_json(found)}
+    _file(folder, holdout).write_text(json.dumps(body, indent=1))
+
+
+def load(folder: Path, *, card: str, index: str, holdout: float) -> dict[str, Stats] | None:
+    """The statistics kept in an index's folder, or None. Raises: UserError when they are stale or damaged."""
+    file = _file(folder, holdout)
+    if not file.is_file():
+        return None
+    try:
+        body = json.loads(file.read_text())
+        found = {k: body[k] for k in ("card", "index", "holdout")}
+        made = from_json(body["stats"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"statistics {file} are damaged ({e}). Delete the file: they are made again from the index.") from e
+    for key, want in (("card", card), ("index", index), ("holdout", holdout)):
+        if found[key] != want:
+            raise UserError(f"statistics {file} are stale: made for {key} {found[key]}, not {want}. Delete the file: they are made again.")
+    return made
 
 
 def to_json(stats: dict[str, Stats]) -> dict:

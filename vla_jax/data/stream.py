@@ -8,25 +8,41 @@ waiting samples, and no group depends on which host computes it.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import os
 import queue
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from vla_jax.config import Config
-from vla_jax.data import images, pack, sample
+from vla_jax.data import augment, images, pack
+from vla_jax.data.pack import Item
 from vla_jax.data.source import Source
 from vla_jax.types import Batch, UserError
 
-_OVERSUPPLY = 1.25  # tokens drawn before packing, as a multiple of what fits
+_OVERSUPPLY = 2.0  # tokens drawn before packing, as a multiple of what fits: the packer needs a choice
+_AHEAD = 128  # samples prepared at a time
+_ENOUGH = 1024  # samples of a dataset after which its share of bad ones is held against data.max_skipped
+_REMOTE_THREADS = 64  # with one read in flight each they hide 30 ms a read at 2000 pictures a second
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A planned batch whose pictures are being decoded."""
+
+    batch: Batch
+    rows: list[list[Item]]
+    work: list[Future]
+    after: np.ndarray
 
 
 class Stream:
     """Iterator over (Batch, state after it) of this host's share of each global batch. Use as a context manager.
 
     state: i64[groups of this host, 1 + most]: the group's next draw, then its waiting samples' numbers (-1: none).
-    `skipped` counts samples passed over, by (dataset, cause).
+    `skipped` counts samples passed over, by (dataset, cause); `drawn` all samples, by dataset.
     """
 
     def __init__(self, source: Source, *, process: int = 0, processes: int = 1, state: np.ndarray | None = None):
@@ -43,9 +59,12 @@ class Stream:
         share = self.groups // processes
         self.mine = range(process * share, (process + 1) * share)
         self.skipped: collections.Counter = collections.Counter()
+        self.drawn: collections.Counter = collections.Counter()
         self._state = initial_state(source.config)[self.mine.start : self.mine.stop] if state is None else np.array(state, np.int64)
-        self._reader = sample.ShardReader()
-        self._pool = ThreadPoolExecutor(source.config.data.threads, thread_name_prefix="decode")
+        self._prepared: dict[int, Item] = {}
+        remote = any(index.place.path is None for index in source.indexes)
+        self._threads = source.config.data.threads or (_REMOTE_THREADS if remote else os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
         self._ready: queue.Queue = queue.Queue(maxsize=source.config.data.prefetch)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -57,25 +76,25 @@ class Stream:
         self._stop.set()
         if self._thread:
             self._thread.join()
-        self._pool.shutdown(wait=True)
-        self._reader.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> tuple[Batch, np.ndarray]:
+        """Raises: UserError when more than data.max_skipped of a dataset's samples were bad."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._produce, name="stream", daemon=True)
             self._thread.start()
         got = self._ready.get()
         if isinstance(got, BaseException):
             raise got
-        return got
+        return self._finish(got), got.after
 
     def _produce(self) -> None:
         try:
             while not self._stop.is_set():
-                made = self._next()
+                made = self._plan()
                 while not self._stop.is_set():
                     try:
                         self._ready.put(made, timeout=0.1)
@@ -85,69 +104,100 @@ class Stream:
         except BaseException as e:  # handed to the consumer, who would otherwise wait forever
             self._ready.put(e)
 
-    def _next(self) -> tuple[Batch, np.ndarray]:
-        p, d = self.source.config.pack, self.source.config.data
+    def _plan(self) -> _Pending:
+        """Packs the next rows and starts decoding their pictures straight into the batch."""
         rows, states = [], []
         for group, state in zip(self.mine, self._state):
             packed, after = self._pack_group(group, state)
             rows += packed
             states.append(after)
         self._state = np.stack(states)
-        pictures = list(self._pool.map(self._pictures, [item for row in rows for item in row]))
-        by_id = iter(pictures)
-        filled = [[(item, pixels) for item in row if (pixels := next(by_id)) is not None] for row in rows]
-        batch = pack.assemble(filled, length=p.length, images=p.images, samples=p.samples, image_size=d.image_size, shape=self.source.shape)
-        return batch, self._state
+        batch, slots = pack.assemble(rows, **self._sizes())
+        augmenter = self.source.augmenter
+        if augmenter and self.source.config.augment.where == "device":
+            change = np.tile(augment.IDENTITY.numbers(), (*batch.images.shape[:2], 1))
+            for item, which, row, slot in slots:
+                change[row, slot] = augmenter.of_view(item.change, item.pictures[which].view).numbers()
+            batch = dataclasses.replace(batch, change=change)
+        each = max(1, min(8, len(slots) // (4 * self._threads)))
+        work = [self._pool.submit(self._decode, batch.images, slots[i : i + each]) for i in range(0, len(slots), each)]
+        return _Pending(batch, rows, work, self._state)
+
+    def _finish(self, pending: _Pending) -> Batch:
+        bad: dict[int, tuple[int, str]] = {}
+        for work in pending.work:
+            bad |= work.result()
+        for row in pending.rows:
+            for item in row:
+                self.drawn[self.source.names[item.dataset]] += 1
+        if not bad:
+            return pending.batch
+        for dataset, cause in bad.values():
+            self.skipped[self.source.names[dataset], cause] += 1
+        self._refuse()
+        return pack.without(pending.batch, pending.rows, set(bad), **self._sizes())
+
+    def _refuse(self) -> None:
+        most = self.source.config.data.max_skipped
+        for name, drawn in self.drawn.items():
+            causes = {cause: n for (d, cause), n in self.skipped.items() if d == name}
+            if drawn >= _ENOUGH and sum(causes.values()) > most * drawn:
+                said = ", ".join(f"{n} x {cause}" for cause, n in causes.items())
+                raise UserError(
+                    f"{sum(causes.values())} of {drawn} samples of {name} could not be used ({said}), more than data.max_skipped = {most:g} "
+                    "allows. Mend the data or its store, or raise --config.data.max_skipped."
+                )
+
+    def _sizes(self) -> dict:
+        p = self.source.config.pack
+        size = self.source.config.data.image_size
+        return {"length": p.length, "images": p.images, "samples": p.samples, "image_size": size, "shape": self.source.shape}
 
     def _pack_group(self, group: int, state: np.ndarray):
         p = self.source.config.pack
-        draw, waiting = int(state[0]), [int(n) for n in state[1:] if n >= 0]
-        items = [item for n in waiting if (item := self._item(n))]
-        enough = _OVERSUPPLY * p.group * p.length
-        while sum(i.sequence.length for i in items) < enough and len(items) < len(state) - 1:
-            item = self._item(group + draw * self.groups)
+        draw, items = int(state[0]), self._take([int(n) for n in state[1:] if n >= 0])
+        enough, have = _OVERSUPPLY * p.group * p.length, sum(i.sequence.length for i in items)
+        while have < enough and len(items) < len(state) - 1:
+            (item,) = self._take([group + draw * self.groups], ahead=self.groups)
             draw += 1
-            if item:
-                items.append(item)
-        sizes = [(i.sequence.length, len(i.views), i.sequence.targets) for i in items]
+            if item.sequence.length > p.length or item.sequence.targets > p.targets or len(item.pictures) > p.images:
+                self.drawn[self.source.names[item.dataset]] += 1
+                self.skipped[self.source.names[item.dataset], "too long for a row"] += 1
+                continue
+            have += item.sequence.length
+            items.append(item)
+        sizes = [(i.sequence.length, len(i.pictures), i.sequence.targets) for i in items]
         rows = pack.place(sizes, p.group, (p.length, p.images, p.targets), p.samples)
         placed = {i for row in rows for i in row}
-        left = [item.sample_id for i, item in enumerate(items) if i not in placed]
+        left = [item for i, item in enumerate(items) if i not in placed]
+        self._prepared |= {item.sample_id: item for item in left}
         after = np.full(len(state), -1, np.int64)
-        after[0], after[1 : 1 + len(left)] = draw, left
+        after[0], after[1 : 1 + len(left)] = draw, [item.sample_id for item in left]
         return [[items[i] for i in row] for row in rows], after
 
-    def _item(self, number: int) -> pack.Item | None:
-        p = self.source.config.pack
-        dataset, _, place = (int(x) for x in self.source.sampler.draw(np.array(number)))
-        item = self.source.item(dataset, int(self.source.frames[dataset][place]), number)
-        if item.sequence.length > p.length or item.sequence.targets > p.targets:
-            self.skipped[self.source.names[dataset], "too long for a row"] += 1
-            return None
-        return item
+    def _take(self, numbers: list[int], ahead: int = 0) -> list[Item]:
+        """Items by number, each once. Those not prepared yet are, and with `ahead` the next ones at that distance as well."""
+        need = [n for n in numbers if n not in self._prepared]
+        if need:
+            need += [need[-1] + ahead * i for i in range(1, _AHEAD)] if ahead else []
+            self._prepared |= {item.sample_id: item for item in self.source.draw(np.array(need))}
+        return [self._prepared.pop(n) for n in numbers]
 
-    def _pictures(self, item: pack.Item) -> list[np.ndarray] | None:
-        index, d = self.source.indexes[item.dataset], self.source.config.data
-        try:
-            made = sample.make(
-                index,
-                item.frame,
-                steps=len(item.actions),
-                dataset=item.dataset,
-                sample_id=item.sample_id,
-                size=d.image_size,
-                wanted=d.views,
-                reader=self._reader,
-            )
-        except images.UndecodableImage:
-            self.skipped[index.card.name, "undecodable image"] += 1
-            return None
-        return [made.images[view] for view in item.views]
+    def _decode(self, out: np.ndarray, slots) -> dict[int, tuple[int, str]]:
+        """Fills the pictures' slots of out u8[b m h w 3]; returns {sample number: (dataset, cause)} of those that fail."""
+        bad = {}
+        for item, which, row, slot in slots:
+            if not self._stop.is_set():
+                try:
+                    self.source.pixels(item, which, out[row, slot])
+                except images.UndecodableImage as e:
+                    bad[item.sample_id] = item.dataset, e.cause
+        return bad
 
 
 def initial_state(config: Config) -> np.ndarray:
     """The state of all groups before the first batch; rows of it are the hosts' shares."""
     p = config.pack
-    state = np.full((p.rows // p.group, 1 + 2 * p.group * p.samples), -1, np.int64)
+    state = np.full((p.rows // p.group, 1 + int(2 * _OVERSUPPLY) * p.group * p.samples), -1, np.int64)
     state[:, 0] = 0
     return state

@@ -27,6 +27,8 @@ class Policy:
     views: tuple[str, ...]
     steps: int
     image_size: int
+    resize: str
+    history: int
     state: Normalizer
     action: Normalizer
     layout: Layout
@@ -52,12 +54,13 @@ class Policy:
             "robot": self.card.robot,
             "control_hz": self.card.control_hz,
             "images": {v: f"uint8 RGB [h, w, 3], resized to {shape}" for v in self.views},
+            "history": f"{self.history} steps; of the step n before now: images 'base@-n' where there is one, states oldest first",
             "state": [dataclasses.asdict(d) for d in self.card.state.dims],
             "action": {"steps": self.steps, "dims": [dataclasses.asdict(d) for d in self.card.action.dims]},
         }
 
     def act(self, observations: list[dict]) -> list[tuple[np.ndarray, bool]]:
-        """Each {"images": {view: u8[h w 3]}, "state": f32[s], "prompt": str} -> (actions f32[steps a], well formed).
+        """Each {"images": {view: u8[h w 3]}, "state": f32[s] (with a history of t steps f32[t s]), "prompt": str} -> (actions f32[steps a], well formed).
 
         Binary dimensions come back as exactly 0 or 1. Raises: ValueError naming what was expected.
         """
@@ -75,18 +78,20 @@ class Policy:
         if missing:
             raise ValueError(f"observation lacks {', '.join(missing)}; expected: {self.spec()}")
         state = np.asarray(observation["state"], np.float32)
-        if state.shape != (len(self.card.state.dims),) or not np.isfinite(state).all():
+        dims = len(self.card.state.dims)
+        if state.shape not in ((self.history, dims), (dims,) if self.history == 1 else ()) or not np.isfinite(state).all():
             raise ValueError(
                 f"state must be {len(self.card.state.dims)} finite numbers ({', '.join(d.name for d in self.card.state.dims)}), got shape {state.shape}"
             )
         pixels = []
-        for view in self.views:
+        names = [sample.lagged(v, lag) for lag in range(self.history - 1, -1, -1) for v in self.views]
+        for view in (n for n in names if n in observation["images"]):  # steps before the start have no pictures
             image = np.asarray(observation["images"][view])
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"image {view!r} must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
-            pixels.append(images.resize(image, self.image_size))
+            pixels.append(images.resize(image, self.image_size, self.resize))
         prompt = self.layout.prompt(self.card.name, str(observation["prompt"]))
-        return Request(pixels, self.state.normalize(state), prompt, self.steps, len(self.card.action.dims))
+        return Request(pixels, self.state.normalize(state).reshape(-1), prompt, self.steps, len(self.card.action.dims))
 
 
 def load_all(folder: str | Path) -> dict[str, Policy]:
@@ -115,6 +120,8 @@ def load_all(folder: str | Path) -> dict[str, Policy]:
             views=tuple(v for v in config.data.views if v in card.views),
             steps=sample.chunk_steps(card.control_hz, config.data.chunk_s, config.data.max_chunk),
             image_size=config.data.image_size,
+            resize=config.data.resize,
+            history=config.data.history,
             state=Normalizer.make(s["state"], card.state.dims),
             action=Normalizer.make(s["action"], card.action.dims),
             layout=layout,

@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
+from vla_jax.data import write
 from vla_jax.tabletop.env import EVAL_SEED, IMAGE_SIZE, ROBOTS, TabletopEnv
 from vla_jax.tabletop.robots import Robot
 
@@ -132,44 +133,16 @@ def features_of(robot: Robot) -> Any:
 
 
 def record(out: str, robot: str, *, episodes: int, seed: int) -> None:
-    """Writes OUT/<robot>/1.0.0 with a train split of `episodes` episodes, 25 to a shard but at least two shards.
-
-    Uses TFDS's shard writer directly: its builders want a registered class, its SequentialWriter leaves the number of
-    shards out of the file names, and published data has it there.
-    """
-    from tensorflow_datasets import core as tfds
-    from tensorflow_datasets.core import example_serializer, file_adapters, naming, writer
-    from tensorflow_datasets.core.utils import shard_utils
-
-    features = features_of(ROBOTS[robot])
-    info = tfds.DatasetInfo(
-        builder=tfds.DatasetIdentity(
-            name=robot,
-            version=tfds.Version(VERSION),
-            data_dir=os.path.join(out, robot, VERSION),
-            module_name="vla_jax.tabletop.record",
-        ),
+    """Writes OUT/<robot>/1.0.0 with a train split of `episodes` episodes, 25 to a shard but at least two shards."""
+    write.write(
+        out,
+        robot,
+        VERSION,
+        features_of(ROBOTS[robot]),
+        (example(robot, seed, episode) for episode in tqdm(range(episodes), desc=robot, unit="episode")),
+        shards=min(episodes, max(2, episodes // 25)),
         description=f"{robot}: a scripted expert in vla_jax's tabletop world, seed {seed}.",
-        features=features,
     )
-    info.set_file_format(file_adapters.FileFormat.TFRECORD)
-    os.makedirs(info.data_dir)
-    files = naming.ShardedFileTemplate(dataset_name=robot, data_dir=info.data_dir, split="train", filetype_suffix="tfrecord")
-    shards = writer.Writer(
-        serializer=example_serializer.ExampleSerializer(features.get_serialized_info()),
-        filename_template=files,
-        # TFDS orders episodes by a hash of their key, so reading in file order is already mixed.
-        hash_salt="train",
-        disable_shuffling=False,
-        example_writer=writer.ExampleWriter(file_format=file_adapters.FileFormat.TFRECORD),
-        shard_config=shard_utils.ShardConfig(num_shards=min(episodes, max(2, episodes // 25))),
-    )
-    for episode in tqdm(range(episodes), desc=robot, unit="episode"):
-        shards.write(episode, features.encode_example(example(robot, seed, episode)))
-    lengths, size = shards.finalize()
-    split = tfds.SplitInfo(name="train", shard_lengths=lengths, num_bytes=size, filename_template=files)
-    info.set_splits(tfds.SplitDict([split]))
-    info.write_to_directory(info.data_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

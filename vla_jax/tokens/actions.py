@@ -18,6 +18,8 @@ import numpy as np
 from vla_jax.types import UserError
 
 FORMAT = "vla_jax.fast.1"
+_TABLE_VOCAB = 4096  # up to here all pairs fit a table of 64 MiB
+_NEVER = np.int32(2**31 - 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,6 +79,23 @@ class FastTokenizer:
         """f32[k a] in [-1, 1] -> i32[t]."""
         c = np.clip(self.coefficients(chunk), self.min_coef, self.max_coef) - self.min_coef
         return np.array(_merge(c.tolist(), self._ranks), np.int32)
+
+    def encode_batch(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """f32[n k a] -> n times i32[t]; the same ids as `encode` chunk by chunk."""
+        n, k, a = chunks.shape
+        c = np.rint(self.scale * (dct_matrix(k) @ np.asarray(chunks, np.float64))).astype(np.int64).reshape(n, k * a)
+        c = np.clip(c, self.min_coef, self.max_coef) - self.min_coef
+        if n < 4 or self.vocab_size > _TABLE_VOCAB:
+            return [np.array(_merge(row, self._ranks), np.int32) for row in c.tolist()]
+        return _merge_rows(c, self._rank_table)
+
+    @functools.cached_property
+    def _rank_table(self) -> np.ndarray:
+        """i32[v+1 v+1]: the id that a pair merges into, _NEVER if it does not; the last id stands for a row's end."""
+        table = np.full((self.vocab_size + 1,) * 2, _NEVER, np.int32)
+        for (left, right), rank in self._ranks.items():
+            table[left, right] = rank
+        return table
 
     def decode(self, ids: np.ndarray, *, steps: int, dims: int) -> tuple[np.ndarray, bool]:
         """i32[t] -> (f32[steps dims], valid). A sequence of another length is cut or filled with zero coefficients
@@ -138,20 +157,50 @@ def _digest(body: dict) -> str:
 
 def _merge(ids: list[int], ranks: dict[tuple[int, int], int]) -> list[int]:
     """Byte-pair encoding: the earliest learned pair first, everywhere, left to right, until none is left."""
-    while len(ids) > 1:
-        best = min((ranks[p] for p in zip(ids, ids[1:]) if p in ranks), default=-1)
-        if best < 0:
-            return ids
-        out, i = [], 0
-        while i < len(ids):
-            if i + 1 < len(ids) and ranks.get((ids[i], ids[i + 1])) == best:
-                out.append(best)
-                i += 2
-            else:
-                out.append(ids[i])
-                i += 1
-        ids = out
+    none = len(ranks) + (1 << 60)
+    rank = [ranks.get(p, none) for p in zip(ids, ids[1:])]  # of the pair that begins at each place
+    while rank:
+        best = min(rank)
+        if best == none:
+            break
+        at = rank.index(best)
+        while at >= 0:
+            ids[at : at + 2] = [best]
+            del rank[at]
+            if at:
+                rank[at - 1] = ranks.get((ids[at - 1], best), none)
+            if at < len(rank):
+                rank[at] = ranks.get((best, ids[at + 1]), none)
+            try:
+                at = rank.index(best, at)
+            except ValueError:
+                break
     return ids
+
+
+def _merge_rows(ids: np.ndarray, table: np.ndarray) -> list[np.ndarray]:
+    """`_merge` of each row of ids i64[n l] at once: in every round each row merges its own earliest learned pair, everywhere."""
+    n, end = len(ids), len(table) - 1
+    seq = np.concatenate([ids, np.full((n, 1), end)], axis=1).reshape(-1)
+    row = np.repeat(np.arange(n), ids.shape[1] + 1)
+    while True:
+        rank = np.append(table[seq[:-1], seq[1:]], _NEVER)
+        best = np.minimum.reduceat(rank, np.searchsorted(row, np.arange(n)))
+        hit = np.flatnonzero((rank == best[row]) & (rank != _NEVER))
+        if not hit.size:
+            break
+        hit = hit[_every_other(hit)]
+        seq[hit] = rank[hit]
+        keep = np.ones(len(seq), bool)
+        keep[hit + 1] = False
+        seq, row = seq[keep], row[keep]
+    return [part[:-1].astype(np.int32) for part in np.split(seq, np.flatnonzero(seq == end)[:-1] + 1)]
+
+
+def _every_other(hit: np.ndarray) -> np.ndarray:
+    """bool[n] for ascending places of one pair: in a run x x x x only the first, third, .. can merge."""
+    run = np.cumsum(np.concatenate([[0], np.diff(hit) != 1]))
+    return (hit - hit[np.searchsorted(run, run)]) % 2 == 0
 
 
 def fit(chunks, *, vocab_size: int, scale: float, margin: int = 2) -> FastTokenizer:
@@ -193,9 +242,7 @@ def _learn(counts: collections.Counter, alphabet: int, vocab_size: int) -> list[
         pair = divmod(best, vocab_size)
         hit = np.flatnonzero((left == pair[0]) & (right == pair[1]))
         if pair[0] == pair[1]:  # in a run x x x only every other start merges
-            run = np.cumsum(np.concatenate([[0], np.diff(hit) != 1]))
-            first = hit[np.searchsorted(run, run, side="left")]
-            hit = hit[(hit - first) % 2 == 0]
+            hit = hit[_every_other(hit)]
         new = alphabet + len(merges)
         merges.append((int(pair[0]), int(pair[1])))
         corpus[hit] = new

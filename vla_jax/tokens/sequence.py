@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -57,20 +58,28 @@ class Layout:
         return f"{robot}: {task}\n"
 
     def prefix(self, *, images: int, prompt: str) -> np.ndarray:
-        """i32[n] of the part that is given when acting."""
+        """i32[n] of the part that is given when acting; not to be changed, it is kept."""
+        return self._prefix(images, prompt)
+
+    @functools.cached_property
+    def _prefix(self):
+        return functools.lru_cache(maxsize=1 << 12)(self._make_prefix)  # the same prompts come again and again
+
+    def _make_prefix(self, images: int, prompt: str) -> np.ndarray:
         image = np.full(images * self.tokens_per_image, IMAGE, np.int32)
         state = [STATE] if self.state else []
         return np.concatenate([image, np.array([*state, self.text.bos, *self.text.encode(prompt)], np.int32)])
 
-    def build(self, *, images: int, prompt: str, chunk: np.ndarray) -> Sequence:
-        """chunk: normalised actions f32[k a]."""
+    def build(self, *, images: int, prompt: str, action_tokens: np.ndarray) -> Sequence:
+        """action_tokens: i32[t], a chunk as `action.encode` gives it."""
         prefix = self.prefix(images=images, prompt=prompt)
-        postfix = np.concatenate([self.action.encode(chunk) + self.action_offset, [self.text.eos]]).astype(np.int32)
-        tokens = np.concatenate([prefix, postfix])
-        block = np.concatenate([np.zeros(len(prefix), np.int32), np.arange(1, len(postfix) + 1, dtype=np.int32)])
-        target, weight = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
-        at = slice(len(prefix) - 1, len(tokens) - 1)
-        target[at], weight[at] = postfix, 1 / len(postfix)
+        first, n = len(prefix), len(prefix) + len(action_tokens) + 1
+        tokens, block, target = np.empty(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
+        weight = np.zeros(n, np.float32)
+        tokens[:first], tokens[first : n - 1], tokens[n - 1] = prefix, action_tokens, self.text.eos
+        tokens[first : n - 1] += self.action_offset
+        block[first:] = np.arange(1, n - first + 1)
+        target[first - 1 : n - 1], weight[first - 1 : n - 1] = tokens[first:], 1 / (n - first)
         return Sequence(tokens, block, target, weight)
 
     def action_ids(self, ids: np.ndarray) -> np.ndarray:

@@ -51,7 +51,12 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS."""
-        return self._sp.encode(text)
+        return list(self._encode(text))
+
+    @functools.cached_property
+    def _encode(self):
+        """The same few thousand prompts come again and again."""
+        return functools.lru_cache(maxsize=1 << 14)(self._sp.encode)
 
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode(ids)

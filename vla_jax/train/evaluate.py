@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_jax import distributed
 from vla_jax.config import Config
-from vla_jax.data import feed, sample
+from vla_jax.data import feed
 from vla_jax.data.source import Source
 from vla_jax.data.stream import Stream
 from vla_jax.models.act import Actor, Request
@@ -70,9 +70,8 @@ def action_unigram_entropy(source: Source, *, chunks: int = 4096) -> dict[str, f
     input can reach at best."""
     out = {}
     for d, name in enumerate(source.names):
-        frames = source.frames[d]
-        picked = frames[:: max(1, len(frames) // chunks)]
-        ids = np.concatenate([[*source.layout.action.encode(source.chunk(d, int(f))[0]), -1] for f in picked])
+        picked = source.chunks(d, source.frames[d].spread(chunks))[0]
+        ids = np.concatenate([[*tokens, -1] for tokens in source.layout.action.encode_batch(picked)])
         p = np.unique(ids, return_counts=True)[1] / len(ids)
         out[name] = float(-(p * np.log(p)).sum())
     return out
@@ -86,13 +85,12 @@ def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, b
     episode's end do not count.
     """
     actor = Actor(cfg, source.layout, params)
-    reader = sample.ShardReader()
     out = {}
     for d, index in enumerate(source.indexes):
-        picked = source.frames[d][np.unique(np.linspace(0, len(source.frames[d]) - 1, frames).astype(int))]
+        picked = source.frames[d].spread(frames)
         errors, baseline, valid, first = [], [], [], []
         for at in range(0, len(picked), batch):
-            samples = [_sample(source, d, int(f), reader) for f in picked[at : at + batch]]
+            samples = [source.sample(d, int(f)) for f in picked[at : at + batch]]
             for s, (chunk, ok) in zip(samples, actor([request(source, d, s) for s in samples])):
                 predicted = source.normalizers[d]["action"].denormalize(chunk)
                 keep = s.action_mask
@@ -106,7 +104,6 @@ def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, b
             "valid": float(np.mean(valid)),
             "first": tuple(map(np.stack, zip(*first))),
         }
-    reader.close()
     return out
 
 
@@ -115,24 +112,10 @@ def request(source: Source, dataset: int, s) -> Request:
     card = source.indexes[dataset].card
     return Request(
         list(s.images.values()),
-        source.normalizers[dataset]["state"].normalize(s.state),
+        source.normalize_state(dataset, s.state),
         source.layout.prompt(card.name, s.prompt),
         len(s.actions),
         s.actions.shape[1],
-    )
-
-
-def _sample(source: Source, dataset: int, frame: int, reader):
-    c = source.config.data
-    return sample.make(
-        source.indexes[dataset],
-        frame,
-        steps=source.steps(dataset),
-        dataset=dataset,
-        sample_id=0,
-        size=c.image_size,
-        wanted=c.views,
-        reader=reader,
     )
 
 

@@ -89,13 +89,14 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
     share = len(flow) // distributed.process_count()
     mine = flow[distributed.process_index() * share :][:share]
     stream = Stream(run.source, process=distributed.process_index(), processes=distributed.process_count(), state=mine)
-    with jax.set_mesh(run.mesh), stream, metrics.Writer(run.workdir, first=first, last=t.steps, quiet=quiet) as writer:
+    ahead = feed.Feed(stream, run.mesh)
+    with jax.set_mesh(run.mesh), stream, ahead, metrics.Writer(run.workdir, first=first, last=t.steps, quiet=quiet) as writer:
         since, waited, at = time.perf_counter(), 0.0, first
         for now in range(first + 1, t.steps + 1):
             before = time.perf_counter()
-            batch, after = next(stream)
+            batch, after = next(ahead)
             waited += time.perf_counter() - before
-            current, measured = train_step(current, feed.to_device(batch, run.mesh))
+            current, measured = train_step(current, batch)
             if on_cpu:  # virtual devices share a few threads: queued steps could take those that a collective waits for
                 jax.block_until_ready(measured)
             writer.progress(now)
@@ -107,7 +108,7 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
                     "data_wait_share": waited / elapsed,
                     "slots_used": values["tokens"] / (config.pack.rows * config.pack.length),
                 }
-                values |= {"skipped": {f"{d}: {why}": n for (d, why), n in stream.skipped.items()}}
+                values |= {"skipped": {f"{d}/{why}": n for (d, why), n in sorted(stream.skipped.items())}}
                 writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}")
                 since, waited, at = time.perf_counter(), 0.0, now
             if held_out and (now == t.steps or (t.eval_every and now % t.eval_every == 0)):

@@ -1,0 +1,126 @@
+"""That the benchmarks run, count what they say, and refuse what they cannot do. No timing is tested."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vla_jax import cli
+from vla_jax.bench import data, data_costs, data_rates, data_sets
+from vla_jax.bench import run as bench
+from vla_jax.data import images
+from vla_jax.types import UserError
+
+needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="bench data pins processes to cores")
+
+
+def test_bench_step_gives_one_json_line(capsys, tabletop, tmp_path):
+    here = ["--config=configs/demo.py", f"--config.data.root={tabletop}", f"--config.data.index_dir={tmp_path / 'ix'}"]
+    small = ["--config.model.preset=tiny", "--config.pack.rows=8", "--config.mesh.data=8", "--config.mesh.fsdp=1"]
+    assert cli.main(["bench", "step", "--repeats=1", *here, *small, f"--out={tmp_path / 'b.jsonl'}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "b.jsonl").read_text()) == found
+    assert found["bench"] == "step" and found["config"] == "configs/demo.py" and found["repeats"] == 1
+    assert found["step_ms"] > 0 and 0 < found["ratio"] < 1.5 and found["machine"] and found["commit"]
+
+
+@needs_affinity
+def test_bench_data_gives_a_line_for_everything_that_it_measures(real_data, tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")  # writes the set, and is the peer
+    monkeypatch.setenv("VLA_CACHE", str(tmp_path))
+    tiny = {"sets": ("jpeg256",), "cores": (1,), "frames": 40, "seconds": 0.01, "latencies_ms": (0, 1), "peers": ("linear",)}
+    lines = list(bench.data(str(real_data), repeats=1, **tiny))
+    assert all(x["bench"] == "data" and x["set"] == "jpeg256" and x["cores"] == 1 and x["machine"] and x["commit"] for x in lines)
+    assert all(json.loads(json.dumps(x)) == x for x in lines)
+    by = {what: [x for x in lines if x["what"] == what] for what in dict.fromkeys(x["what"] for x in lines)}
+    assert {k: len(v) for k, v in by.items()} == {"first run": 1, "memory": 1, "state": 1, "index": 1, "scan": 1, "rate": 11, "store": 2}
+    top, *ours, peer = by["rate"]
+    assert top["who"] == "ceiling" and top["pictures_per_cpu_s"] > 0 and 20_000 < top["bytes_per_picture"] < 30_000
+    assert {(x["who"], x["resize"], x["augment"]) for x in ours} == {
+        *((f"vla_jax {who}", resize, where) for who in ("samples", "rows") for resize in ("linear", "antialias") for where in ("none", "host")),
+        ("vla_jax rows", "linear", "device"),
+    }
+    for x in (*ours, peer):
+        # two cameras
+        assert x["pictures"] == 2 * round(x["pictures"] / 2) > 0 and 0 < x["ratio_min"] <= x["ratio_per_cpu"] <= x["ratio_max"]
+        assert x["samples_per_s"] == pytest.approx(x["pictures_per_s"] / 2, rel=0.01)
+    assert all(0.5 < x["slots_used"] <= 1 for x in ours if x["who"] == "vla_jax rows")
+    assert peer["who"] == "tfds tf.data" and peer["frames"] == by["index"][0]["frames"] == by["scan"][0]["frames"] == 40
+    assert peer["peak_resident_mb"] > peer["resident_after_imports_mb"] > 0 and peer["first_batch_s"] > 0
+    (memory,) = by["memory"]
+    pixels = 4 * 16 * 8 * 224 * 224 * 3 / 1e6  # 16 rows of 8 pictures, four batches in flight; tokens and numbers add 5 %
+    assert pixels < memory["in_flight_mb"] < 1.06 * pixels
+    assert memory["resident_mb"] > memory["resident_after_imports_mb"] and memory["first_batch_s"] > memory["open_s"] > 0
+    assert by["state"][0]["stream_state_bytes"] == 4 * (1 + 4 * 4 * 4) * 8  # groups, counter and waiting samples, i64
+    assert by["state"][0]["draw_step_10_ms"] > 0 and by["state"][0]["draw_step_10_million_ms"] > 0
+    assert by["index"][0]["index_array_bytes_per_step"] < by["index"][0]["index_bytes_per_step"]
+    assert 0 < by["scan"][0]["ratio_per_cpu"] < 1
+    assert [x["latency_ms"] for x in by["store"]] == [0, 1] and by["store"][0]["most_of_it"] == 1
+    shown = data.table(lines)
+    assert all(word in shown for word in ("tfds tf.data", "simplejpeg", "beyond_mb", "least_threads_for_0.9"))
+
+
+@needs_affinity
+def test_another_number_of_frames_is_refused(monkeypatch, tmp_path):
+    """Rates of different data are no comparison."""
+    counts = {"data_costs": 40, "data_peers": 41}
+    line = lambda module: [{"what": "rate", "who": module, "frames": counts.get(module, 40)}]
+    monkeypatch.setattr(data_sets, "ensure", lambda root, name, *, frames: tmp_path)
+    monkeypatch.setattr(data, "_measure", lambda module, job, cores: line(module))
+    options = {"sets": ("png256",), "cores": (1,), "repeats": 1, "peers": ("linear",)}
+    with pytest.raises(RuntimeError, match="reads 41 frames, our index has 40"):
+        list(data.run("", **options))
+    counts["data_peers"] = 40
+    assert len(list(data.run("", **options))) == 6
+
+
+@needs_affinity
+def test_children_are_pinned_and_we_are_not():
+    mine = os.sched_getaffinity(0)
+    with data._pinned([min(mine)]):
+        assert os.sched_getaffinity(0) == {min(mine)}
+    assert os.sched_getaffinity(0) == mine
+
+
+def test_a_ratio_is_taken_within_its_round():
+    rate = lambda pictures, cpu: data_rates.Rate(pictures, 0, 1.0, cpu)
+    # a machine that slows to a third in one round changes neither ratio
+    found = data_rates.summary([(rate(80, 1.0), rate(100, 1.0)), (rate(80, 3.0), rate(100, 3.0)), (rate(60, 1.0), rate(100, 1.0))])
+    assert (found["ratio_per_cpu"], found["ratio_min"], found["ratio_max"]) == (0.8, 0.6, 0.8)
+    assert found["pictures_per_cpu_s"] == 60 and found["ceiling_pictures_per_cpu_s"] == 100 and found["pictures"] == 220
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png"])
+def test_the_ceiling_decodes_the_same_pixels(encoding):
+    picture = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    stored = data_sets._encode(picture, data_sets.Kind(encoding, 24, 32, 1, 0.0))
+    np.testing.assert_array_equal(data_rates.fastest(encoding)[1](stored), images.decode(stored))
+
+
+def test_mapped_pages_are_those_of_the_folder(tmp_path):
+    page = os.sysconf("SC_PAGE_SIZE")
+    if not Path("/proc/self/smaps").is_file():
+        pytest.skip("no /proc")
+    np.save(tmp_path / "x.npy", np.zeros(16 * page, np.uint8))
+    before = data_costs._mapped_kb(tmp_path)
+    held = np.load(tmp_path / "x.npy", mmap_mode="r")
+    held.sum()
+    assert before == 0 and 16 * page <= data_costs._mapped_kb(tmp_path) * 1000 <= 18 * page
+
+
+@needs_affinity
+def test_refusals(capsys, tmp_path):
+    for argv, said in (
+        (["bench", "data", "--root", str(tmp_path), "--sets", "gif"], "there are jpeg256"),
+        (["bench", "data", "--root", str(tmp_path), "--cores", "100000"], "are available here"),
+        (["bench", "data", "--root", str(tmp_path), "--cores", "0"], "whole number above 0"),
+        (["bench", "data", "--root", str(tmp_path), "--config.data.threads=1"], "takes no --config"),
+        (["bench", "data", "--root", str(tmp_path / "gone"), "--cores", "1"], "does not exist"),
+        (["bench", "step"], "--config"),
+    ):
+        assert cli.main(argv) == 2
+        assert said in capsys.readouterr().err, argv
+    with pytest.raises(UserError, match="no set gif"):
+        next(bench.data(str(tmp_path), repeats=1, sets=("gif",), cores=(1,)))

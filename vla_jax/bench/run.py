@@ -1,0 +1,43 @@
+"""Measurements, each as a ratio against a ceiling taken in the same run. A result is one JSON-able dict."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from vla_jax import __version__
+
+
+def step(config, *, repeats: int, where: str = "config") -> dict:
+    """The training step of a config. Raises: UserError as training would."""
+    from vla_jax.bench import step as measured
+
+    return {"bench": "step", "config": where, **measured.run(config, repeats, where), "repeats": repeats, **stamp()}
+
+
+def data(root: str, *, repeats: int, **options) -> Iterator[dict]:
+    """The data path on generated datasets, ours and others'; options as `bench.data.run` takes them.
+
+    Yields results as they come. Raises: UserError when they cannot be made here.
+    """
+    from vla_jax.bench import data as measured
+
+    for line in measured.run(root, repeats=repeats, **options):
+        yield {"bench": "data", **line, "repeats": repeats, **stamp()}
+
+
+def stamp() -> dict:
+    """When, on what and with which code."""
+    here = Path(__file__).parent
+    asked = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    model = (
+        next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+        if Path("/proc/cpuinfo").is_file()
+        else ""
+    )
+    commit = asked.stdout.strip() or __version__
+    return {"time": int(time.time()), "machine": f"{model or platform.processor()} x {os.cpu_count()}", "commit": commit}

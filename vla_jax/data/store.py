@@ -1,0 +1,129 @@
+"""Bytes of files below one folder, wherever it is: a local path by `pread`, a URL (gs://, s3://, http(s)://, file://) by
+TensorStore's key-value store. Everything that reads a dataset goes through here."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from vla_jax.types import UserError
+
+_OPEN_FILES = 256  # handles kept open at once; a dataset may have thousands of shards
+_REQUESTS = 512  # concurrent requests that TensorStore is allowed; threads decide how many there are
+
+
+class Unreadable(Exception):
+    """A file that is gone, too short, or whose store does not answer."""
+
+
+class Store:
+    """Read-only files below a folder or URL. Safe for any number of threads; open handles are shared.
+
+    latency_s sleeps before every read: how a slow store would feel, for measurements.
+    """
+
+    def __init__(self, place: str | Path, *, latency_s: float = 0.0):
+        """Raises: UserError when the URL cannot be opened."""
+        self.url, self._latency_s = str(place).rstrip("/") or "/", latency_s
+        self.path = None if "://" in self.url else Path(self.url).expanduser()
+        self._kv = None if self.path else _open(self.url)
+        self._handles: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """`length` bytes from `offset` (to the end if None). Raises: Unreadable."""
+        if self._latency_s:
+            time.sleep(self._latency_s)
+        if self._kv is not None:
+            data = self._read_remote(name, offset, length)
+        else:
+            data = self._read_local(name, offset, length)
+        if length is not None and len(data) != length:
+            raise Unreadable(f"{self.url}/{name} ends before byte {offset + length}")
+        return data
+
+    def identity(self, name: str) -> str | None:
+        """What changes when the file does: its size (local) or its store's generation; None when it is gone."""
+        return self.identities([name])[name]
+
+    def identities(self, names: list[str]) -> dict[str, str | None]:
+        """`identity` of many files, asked for at once."""
+        if self._kv is None:
+            return {name: str(size) if (size := self.size(name)) is not None else None for name in names}
+        asked = {name: self._kv.read(name, byte_range=slice(0, 1)) for name in names}
+        out: dict[str, str | None] = {}
+        for name, future in asked.items():
+            try:
+                found = future.result()
+                out[name] = found.stamp.generation.hex() if found.state == "value" else None
+            except Exception as e:  # an empty object has no first byte
+                if "OUT_OF_RANGE" not in str(e):
+                    raise UserError(f"{self.url}/{name} cannot be asked for: {' '.join(str(e).split())[:300]}") from e
+                out[name] = "empty"
+        return out
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a local file; None where a store does not say."""
+        try:
+            return (self.path / name).stat().st_size if self.path else None
+        except OSError:
+            return None
+
+    def names(self) -> list[str]:
+        """What lies directly in the folder, sorted; [] when there is no such folder."""
+        if self.path:
+            return sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        return sorted({k.decode().lstrip("/").split("/")[0] for k in self._kv.list().result()})
+
+    def child(self, *parts: str) -> Store:
+        return Store("/".join([self.url, *parts]), latency_s=self._latency_s)
+
+    def close(self) -> None:
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+
+    def _read_local(self, name: str, offset: int, length: int | None) -> bytes:
+        handle, keep = self._handles.get(name), True
+        try:
+            if handle is None:
+                with self._lock:
+                    handle = self._handles.get(name)
+                    if handle is None:
+                        handle = os.open(self.path / name, os.O_RDONLY)
+                        keep = len(self._handles) < _OPEN_FILES
+                        if keep:
+                            self._handles[name] = handle
+            try:
+                return os.pread(handle, os.fstat(handle).st_size - offset if length is None else length, offset)
+            finally:
+                if not keep:
+                    os.close(handle)
+        except (OSError, ValueError) as e:
+            raise Unreadable(f"{self.url}/{name}: {getattr(e, 'strerror', None) or e}") from e
+
+    def _read_remote(self, name: str, offset: int, length: int | None) -> bytes:
+        try:
+            found = self._kv.read(name, byte_range=slice(offset, None if length is None else offset + length)).result()
+        except Exception as e:  # TensorStore raises ValueError, OSError or RuntimeError by the store's answer
+            raise Unreadable(f"{self.url}/{name}: {' '.join(str(e).split())[:200]}") from e
+        if found.state != "value":
+            raise Unreadable(f"{self.url}/{name} is not there")
+        return found.value
+
+
+def _open(url: str):
+    import tensorstore as ts
+
+    limit = {"limit": _REQUESTS}
+    context = ts.Context({f"{kind}_request_concurrency": limit for kind in ("gcs", "s3", "http")} | {"file_io_concurrency": limit})
+    try:
+        return ts.KvStore.open(url + "/", context=context).result()
+    except Exception as e:
+        raise UserError(f"{url} cannot be opened: {' '.join(str(e).split())[:300]}. Use a local folder, gs://, s3:// or file://.") from e
