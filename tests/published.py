@@ -117,7 +117,9 @@ def checked(path: Path) -> dict[str, dict]:
 
 if __name__ == "__main__":
     bad = [f"{n}: {p}" for n, row in rows(Path(sys.argv[1])).items() if n in cards.names() for p in problems(cards.load(n), row)]
-    bad += [f"{n}: {cards.load(n).version}, rtx has {v}" for n, v in versions().items() if n in cards.names() and v != cards.load(n).version]
+    bad += [
+        f"{n}: {cards.load(n).version}, rtx has {v}" for n, v in versions().items() if n in cards.names() and v != cards.load(n).version
+    ]
     print("\n".join(bad) or "all cards agree")
     if not bad:
         GOLDEN.write_text(json.dumps(checked(Path(sys.argv[1])), indent=1) + "\n")

@@ -67,7 +67,8 @@ def test_the_same_in_another_process():
         "print([c.numbers().tolist() for c in Augmenter(Augment(crop=0.7, hue=0.1), 3).changes([17])])"
     )
     said = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout for s in ("1", "2")
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout
+        for s in ("1", "2")
     }
     assert said == {f"{[change(17, Augment(crop=0.7, hue=0.1)).numbers().tolist()]}\n"}
 
@@ -90,9 +91,13 @@ def test_colours_equal_a_plain_loop(picture):
             for j, rgb in enumerate(row):
                 rgb = (rgb + 0.1 * b - 0.5) * (1 + 0.3 * c) + 0.5
                 luma = rgb @ [0.299, 0.587, 0.114]
-                y, *iq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]) @ (luma + (rgb - luma) * (1 + 0.4 * s))
+                y, *iq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]) @ (
+                    luma + (rgb - luma) * (1 + 0.4 * s)
+                )
                 turn = np.exp(1j * 2 * np.pi * 0.1 * h) * complex(*iq)
-                want[i, j] = np.linalg.solve([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], [y, turn.real, turn.imag])
+                want[i, j] = np.linalg.solve(
+                    [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], [y, turn.real, turn.imag]
+                )
         whole = change(n, settings, seed=5, view="wrist")
         got = augment.apply(np.ascontiguousarray(cv2.resize(small, (24, 24), interpolation=cv2.INTER_NEAREST)), whole, 24, "linear")
         want = cv2.resize(want, (24, 24), interpolation=cv2.INTER_NEAREST)

@@ -39,7 +39,12 @@ def test_bench_data_gives_a_line_for_everything_that_it_measures(real_data, tmp_
     top, *ours, peer = by["rate"]
     assert top["who"] == "ceiling" and top["pictures_per_cpu_s"] > 0 and 20_000 < top["bytes_per_picture"] < 30_000
     assert {(x["who"], x["resize"], x["augment"]) for x in ours} == {
-        *((f"vla_jax {who}", resize, where) for who in ("samples", "rows") for resize in ("linear", "antialias") for where in ("none", "host")),
+        *(
+            (f"vla_jax {who}", resize, where)
+            for who in ("samples", "rows")
+            for resize in ("linear", "antialias")
+            for where in ("none", "host")
+        ),
         ("vla_jax rows", "linear", "device"),
     }
     for x in (*ours, peer):
@@ -59,7 +64,7 @@ def test_bench_data_gives_a_line_for_everything_that_it_measures(real_data, tmp_
     assert 0 < by["scan"][0]["ratio_per_cpu"] < 1
     assert [x["latency_ms"] for x in by["store"]] == [0, 1] and by["store"][0]["most_of_it"] == 1
     shown = data.table(lines)
-    assert all(word in shown for word in ("tfds tf.data", "simplejpeg", "beyond_mb", "least_threads_for_0.9"))
+    assert all(word in shown for word in ("tfds tf.data", "simplejpeg", "beyond_mb", "least_ahead_for_0.9"))
 
 
 @needs_affinity

@@ -112,7 +112,7 @@ assert "jax" not in sys.modules
 print(d.initialize())
 assert "jax" not in sys.modules  # a single process pays nothing for this file
 d.agree("config", "x"); d.barrier("b")
-assert d.broadcast_json({"a": (1, 2)}) == {"a": [1, 2]} and d.is_main() and d.process_count() == 1
+assert d.broadcast_json({"a": (1, 2)}) == {"a": [1, 2]} and d.gather_json("x") == ["x"] and d.is_main() and d.process_count() == 1
 """
     out = run([code], {})
     assert out[0].returncode == 0 and "1 process" in out[0].stdout, out[0]
@@ -128,6 +128,7 @@ try:
     d.agree("config", "the same")
     got = d.broadcast_json({{"run": "r\\u00fcn", "steps": [1, 2]}} if d.is_main() else None)
     assert got == {{"run": "r\\u00fcn", "steps": [1, 2]}}, got
+    assert d.gather_json("r\u00fc" * (1 + 5 * d.process_index())) == ["r\u00fc", "r\u00fc" * 6]
     d.barrier("after")
     print(d.initialize())
     d.agree("dataset card", {digest})
@@ -181,6 +182,32 @@ def test_two_processes_agree_and_then_differ():
         assert o.returncode == 2, o
         assert "dataset card is not the same on all 2 processes" in o.stdout and "process 1 holds" in o.stdout
         assert f"This is process {i}" in o.stdout
+
+
+def test_what_fails_on_one_ends_all():
+    """A fault on the second process is said by both, and neither waits for the other; a fault of the program keeps its kind."""
+    code = """
+import sys
+from vla_jax import distributed as d
+from vla_jax.types import UserError
+d.initialize(timeout_s=30)
+with d.together("a good thing"):
+    pass
+try:
+    with d.together("indexing bridge"):
+        if d.process_index() == 1:
+            raise {kind}("no such folder")
+except UserError as e:
+    print("UserError:", e)
+except ValueError as e:
+    print("ValueError:", e)
+"""
+    for kind, own in (("UserError", "UserError: no such folder"), ("ValueError", "ValueError: no such folder")):
+        env = {"VLA_COORDINATOR": f"localhost:{free_port()}", "VLA_NUM_PROCESSES": "2"}
+        first, second = run([code.format(kind=kind)] * 2, env)
+        assert first.returncode == second.returncode == 0, (first, second)
+        assert second.stdout.strip().endswith(own)
+        assert "UserError: indexing bridge failed on process 1: " in first.stdout and "no such folder" in first.stdout
 
 
 @pytest.mark.parametrize("index, says", [(0, "others have not come"), (1, "Nothing answers at the coordinator")])

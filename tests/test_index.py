@@ -92,7 +92,9 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
     here = os.path.dirname(__file__)
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), here], cwd=os.path.dirname(here))
     workers = lambda: [
-        int(p) for p in os.listdir("/proc") if p.isdigit() and f"{tmp_path}/ix".encode() in _read(f"/proc/{p}/cmdline") and int(p) != parent.pid
+        int(p)
+        for p in os.listdir("/proc")
+        if p.isdigit() and f"{tmp_path}/ix".encode() in _read(f"/proc/{p}/cmdline") and int(p) != parent.pid
     ]
     try:
         _until(lambda: len(workers()) == 2, 60)

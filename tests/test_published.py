@@ -89,7 +89,9 @@ def test_published_weights(oxe):
     listed = re.search(r"\(weight times dataset size\): (.*?)\. OpenVLA's", text, re.S)[1]
     want = {name: float(weight) for name, weight in re.findall(r"(\w+) ([\d.]+)(?:\s*\(\*\))?(?:,|$)", " ".join(listed.split()))}
     octo = mixture.load("octo_oxe_magic_soup")
-    short = lambda name: re.sub(r"(_dataset)?_converted_externally_to_rlds|(_dataset)?_surprising_effectiveness", "", name).removesuffix("_dataset")
+    short = lambda name: re.sub(r"(_dataset)?_converted_externally_to_rlds|(_dataset)?_surprising_effectiveness", "", name).removesuffix(
+        "_dataset"
+    )
     ours = {short(c.name): w for c, w in zip(octo.cards, octo.weights)}
     theirs = {short(n): w for n, w in want.items()}
     assert octo.weight == "times_size" and len(ours) == 25 and ours == theirs

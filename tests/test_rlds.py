@@ -94,7 +94,10 @@ def test_every_field_of_the_odd_set_equals_tfds(odd, tmp_path, kind):
                 want = seen[key.split("/")[1]]
                 pixels = images.decode(sample.fetch(ix, sample.picture(ix, frame, ix.views[v])), ix.pictures[ix.views[v]])
                 if isinstance(want, bytes):
-                    assert sample.fetch(ix, sample.picture(ix, frame, ix.views[v])) == want and np.abs(pixels.astype(int) - decoded(want)).max() <= 1
+                    assert (
+                        sample.fetch(ix, sample.picture(ix, frame, ix.views[v])) == want
+                        and np.abs(pixels.astype(int) - decoded(want)).max() <= 1
+                    )
                 elif key.endswith("jpeg"):
                     assert np.abs(pixels.astype(int) - want).max() <= 1
                 else:
@@ -117,7 +120,9 @@ def test_chunk_mask_at_the_end_of_an_episode(bridge):
 def test_history_stays_in_its_episode(bridge):
     made = sample.make(bridge, 11, steps=2, dataset=0, sample_id=0, size=64, wanted=("base", "side"), history=3)
     assert list(made.images) == ["base@-1", "side@-1", "base", "side"]  # frame 10 begins the episode: no picture before it
-    assert np.array_equal(made.images["base@-1"], sample.make(bridge, 10, steps=2, dataset=0, sample_id=0, size=64, wanted=("base",)).images["base"])
+    assert np.array_equal(
+        made.images["base@-1"], sample.make(bridge, 10, steps=2, dataset=0, sample_id=0, size=64, wanted=("base",)).images["base"]
+    )
     assert np.array_equal(made.state, np.concatenate([bridge.state[10], bridge.state[10], bridge.state[11]]))
 
 
@@ -162,7 +167,9 @@ def test_broken_length_loses_the_rest_of_its_shard_and_says_how_much(real_data, 
     shard.write_bytes(data)
     ix = _open(folder, tmp_path, max_skipped=0.3)
     assert ix.episodes == 20 and ix.skipped == {"length checksum mismatch": 1, "behind a broken record": 4}
-    with pytest.raises(UserError, match=r"5 of 25 episodes cannot be used \(4 x behind a broken record, 1 x length.*data.max_skipped = 0.1"):
+    with pytest.raises(
+        UserError, match=r"5 of 25 episodes cannot be used \(4 x behind a broken record, 1 x length.*data.max_skipped = 0.1"
+    ):
         _open(folder, tmp_path)
 
 
@@ -220,7 +227,11 @@ def test_field_of_another_length():
     raw = {"name": "x", "views": {"base": "image"}, "language": ["text"], "filters": []}
     vector = {"ops": [{"pick": "action"}], "dims": [{"name": "x", "unit": "m", "frame": "base", "kind": "delta"}]}
     card = odd_rlds.card(**raw, state={"ops": [], "dims": []}, action=vector)
-    have = {"image": rlds.Feature("image", "uint8", (2, 2, 3)), "text": rlds.Feature("text", "string", ()), "action": rlds.Feature("tensor", "float32", (1,))}
+    have = {
+        "image": rlds.Feature("image", "uint8", (2, 2, 3)),
+        "text": rlds.Feature("text", "string", ()),
+        "action": rlds.Feature("tensor", "float32", (1,)),
+    }
     from vla_jax.data import scan
 
     def made(**change):

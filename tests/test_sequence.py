@@ -18,14 +18,16 @@ def test_native_layout_piece_by_piece(layout):
     chunk = np.random.default_rng(1).uniform(-1, 1, (5, 3))
     seq = layout.build(images=2, prompt=layout.prompt("bridge_dataset", " Put the_cup  DOWN "), action_tokens=layout.action.encode(chunk))
     assert seq.tokens[:9].tolist() == [IMAGE] * 8 + [STATE] and seq.tokens[9] == layout.text.bos
-    ends = int(np.argmax(seq.block > 0))
+    block, target, weight = seq.arrays()
+    ends = int(np.argmax(block > 0))
+    assert (ends, seq.targets) == (seq.prefix, seq.length - ends)
     assert layout.text.decode(seq.tokens[10:ends].tolist()) == "bridge_dataset: put the cup down\n"
     assert seq.tokens[-1] == layout.text.eos
     assert np.array_equal(layout.action_ids(seq.tokens[ends:]), layout.action.encode(chunk))
-    assert seq.block.tolist() == [0] * ends + list(range(1, seq.length - ends + 1))
-    on = np.flatnonzero(seq.loss_weight)
-    assert on.tolist() == list(range(ends - 1, seq.length - 1)) and np.array_equal(seq.target[on], seq.tokens[on + 1])
-    assert seq.loss_weight.sum() == pytest.approx(1)
+    assert block.tolist() == [0] * ends + list(range(1, seq.length - ends + 1))
+    on = np.flatnonzero(weight)
+    assert on.tolist() == list(range(ends - 1, seq.length - 1)) and np.array_equal(target[on], seq.tokens[on + 1])
+    assert weight.sum() == pytest.approx(1)
 
 
 @settings(max_examples=100, deadline=None)

@@ -27,7 +27,9 @@ def as_scipy(r: Rotation, fmt: str) -> np.ndarray:
 @pytest.mark.parametrize("source", FORMATS)
 @pytest.mark.parametrize("target", FORMATS)
 def test_rotations_equal_scipy(source, target):
-    special = np.concatenate([np.eye(3) * np.pi, np.zeros((1, 3)), np.eye(3) * np.pi / 2, np.eye(3) * 1e-10, [[0, np.pi / 2, 0], [0.3, -np.pi / 2, 0]]])
+    special = np.concatenate(
+        [np.eye(3) * np.pi, np.zeros((1, 3)), np.eye(3) * np.pi / 2, np.eye(3) * 1e-10, [[0, np.pi / 2, 0], [0.3, -np.pi / 2, 0]]]
+    )
     for r in (Rotation.random(200, random_state=0), Rotation.from_rotvec(special), Rotation.from_euler("xyz", special)):
         with np.errstate(all="raise", under="ignore"):
             got = rotations.convert(as_scipy(r, source), source, target)
@@ -65,7 +67,9 @@ def test_simple_ops():
     assert run(x, {"concat": ["y", "x"]}, y=y)[0].tolist() == [0, 1, 2, 10, 20, 0, 1, 2]
     assert run(x, {"pick": {"key": "y", "dims": [1]}}, y=y)[1].tolist() == [3, 4, 5, 40]
     assert run(x, {"absolute": {"dims": [0, 1], "from": "y", "at": [1, 0]}}, y=y).tolist() == [[20, 11, 2], [43, 34, 5]]
-    np.testing.assert_allclose(run([[3.5], [-4.0], [np.pi]], {"wrap": {"dims": [0]}})[:, 0], [3.5 - 2 * np.pi, 2 * np.pi - 4, -np.pi], atol=1e-6)
+    np.testing.assert_allclose(
+        run([[3.5], [-4.0], [np.pi]], {"wrap": {"dims": [0]}})[:, 0], [3.5 - 2 * np.pi, 2 * np.pi - 4, -np.pi], atol=1e-6
+    )
     assert standardize.apply([], {}, 3).shape == (3, 0)
 
 
@@ -116,7 +120,11 @@ def test_rotating_ops():
 
 def test_nan_is_never_hidden():
     x = np.array([[np.nan], [1.0]])
-    for op in ({"binarise": {"dims": [0], "threshold": 0.5}}, {"latch": {"dims": [0], "low": 0.1, "high": 0.9}}, {"accumulate": {"dims": [0], "close": 1}}):
+    for op in (
+        {"binarise": {"dims": [0], "threshold": 0.5}},
+        {"latch": {"dims": [0], "low": 0.1, "high": 0.9}},
+        {"accumulate": {"dims": [0], "close": 1}},
+    ):
         assert np.isnan(run(x, op)[0, 0])
 
 
@@ -141,7 +149,12 @@ def test_faults_of_ops_are_named(op, message):
 
 @pytest.mark.parametrize(
     ("item", "message"),
-    [({"min_steps": 0}, "needs a number"), ({"matches": {"key": "a", "pattern": "("}}, "no regular expression"), ({"labelled": False}, "needs true"), ({"x": 1}, "a filter is one of")],
+    [
+        ({"min_steps": 0}, "needs a number"),
+        ({"matches": {"key": "a", "pattern": "("}}, "no regular expression"),
+        ({"labelled": False}, "needs true"),
+        ({"x": 1}, "a filter is one of"),
+    ],
 )
 def test_faults_of_filters_are_named(item, message):
     with pytest.raises(UserError, match=message):
@@ -152,6 +165,12 @@ def test_filters():
     action = np.zeros((3, 2), np.float32)
     why = lambda item, **fields: filters.left_out([item], fields, action=action, labelled=False)
     assert why({"min_steps": 4}) == "shorter than 4 steps" and not why({"min_steps": 3})
-    assert why({"is_true": "ok"}, ok=np.array([1, 0])) and not why({"is_true": "ok"}, ok=np.array([0, 1])) and why({"is_true": "ok"}, ok=np.zeros(0))
-    assert why({"matches": {"key": "p", "pattern": "success"}}, p=["a/failure"]) and not why({"matches": {"key": "p", "pattern": "success"}}, p=["a/success/b"])
+    assert (
+        why({"is_true": "ok"}, ok=np.array([1, 0]))
+        and not why({"is_true": "ok"}, ok=np.array([0, 1]))
+        and why({"is_true": "ok"}, ok=np.zeros(0))
+    )
+    assert why({"matches": {"key": "p", "pattern": "success"}}, p=["a/failure"]) and not why(
+        {"matches": {"key": "p", "pattern": "success"}}, p=["a/success/b"]
+    )
     assert why({"labelled": True}) == "no instruction" and why({"moves": 1e-6}) == "no motion"

@@ -28,11 +28,19 @@ def folder(tmp_path):
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_reads_ranges_and_says_what_is_gone(folder, scheme):
     store = Store(f"{scheme}{folder}")
-    assert store.read("a", 10, 5) == bytes(range(10, 15)) and store.read("a") == bytes(range(100)) and store.read("a", 90) == bytes(range(90, 100))
+    assert (
+        store.read("a", 10, 5) == bytes(range(10, 15))
+        and store.read("a") == bytes(range(100))
+        and store.read("a", 90) == bytes(range(90, 100))
+    )
     assert store.names() == ["a", "below", "empty"] and store.child("below").read("b", 0, 5) == b"inner"
     for name, at, length in (("a", 95, 10), ("a", 200, 1), ("none", 0, 1), ("empty", 0, 1)):
         with pytest.raises(Unreadable):
             store.read(name, at, length)
+        with pytest.raises(Unreadable):
+            store.start(name, at, length)()
+    asked = [store.start("a", at, 5) for at in range(90)]  # all under way at once
+    assert [bytes(wait()) for wait in asked] == [bytes(range(at, at + 5)) for at in range(90)]
     known = store.identities(["a", "empty", "none"])
     assert known["none"] is None and known["a"] and known["empty"]
     (folder / "a").write_bytes(b"other")
@@ -52,7 +60,9 @@ def test_the_engine_reads_a_url_as_it_reads_a_folder(real_data, tmp_path, scheme
     there = index.ensure(card, f"{scheme}{real_data}", str(tmp_path))
     assert here.path != there.path and here.digest == there.digest
     for frame in (0, 77, 249):
-        assert sample.fetch(here, sample.picture(here, frame, here.views[1])) == sample.fetch(there, sample.picture(there, frame, there.views[1]))
+        assert sample.fetch(here, sample.picture(here, frame, here.views[1])) == sample.fetch(
+            there, sample.picture(there, frame, there.views[1])
+        )
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
@@ -71,7 +81,9 @@ class Bucket(http.server.BaseHTTPRequestHandler):
             first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
             first, last = int(first), min(int(last or len(data)), len(data) - 1)
             part = "Range" in self.headers
-            self.answer(206 if part else 200, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"} if part else {})
+            self.answer(
+                206 if part else 200, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"} if part else {}
+            )
         elif url.path.endswith("/o"):
             asked = urllib.parse.parse_qs(url.query)
             keys = sorted(os.path.relpath(os.path.join(d, f), self.root) for d, _, files in os.walk(self.root) for f in files)
@@ -108,7 +120,9 @@ def test_google_cloud_storage(real_data, tmp_path):
     try:
         for root, out in ((str(real_data), "here"), ("gs://bucket", "there")):
             argv = [sys.executable, "-c", code, root, str(tmp_path / "ix"), str(tmp_path / out)]
-            done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False, cwd=os.path.dirname(os.path.dirname(__file__)))
+            done = subprocess.run(
+                argv, env=env, capture_output=True, text=True, timeout=120, check=False, cwd=os.path.dirname(os.path.dirname(__file__))
+            )
             assert done.returncode == 0, done.stderr[-2000:]
     finally:
         server.shutdown()

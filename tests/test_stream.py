@@ -1,11 +1,17 @@
 import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_jax.data import pack, source
+from vla_jax.data import pack, source, stream
 from vla_jax.data.stream import Stream, initial_state
 from vla_jax.types import IMAGE, UserError
 
@@ -20,6 +26,32 @@ def test_placement_respects_every_limit(sizes, rows):
     for row in out:
         assert len(row) <= samples
         assert all(sum(sizes[i][k] for i in row) <= limits[k] for k in range(3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4), st.just(0)), min_size=1, max_size=9))
+def test_a_row_is_as_full_as_it_can_be(sizes):
+    """Against trying every subset with the oldest item in it."""
+    (row,) = pack.place(sizes, 1, (60, 4, 0), 9)
+    subsets = ((0, *rest) for n in range(len(sizes)) for rest in itertools.combinations(range(1, len(sizes)), n))
+    sums = (tuple(sum(sizes[i][k] for i in subset) for k in (0, 1)) for subset in subsets)
+    assert sum(sizes[i][0] for i in row) == max(tokens for tokens, images in sums if tokens <= 60 and images <= 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=80))
+def test_nothing_waits_for_ever(sizes):
+    """With a row for each item, each gets its place; the oldest of those left always in the next row."""
+    out = pack.place(sizes, len(sizes), (60, 4, 30), 5)
+    assert sorted(i for row in out for i in row) == list(range(len(sizes)))
+    assert all(row[0] == min(i for later in out[r:] for i in later) for r, row in enumerate(out) if row)
+
+
+def test_three_robots_fill_their_rows(opened):
+    """Slots used on the demo's mixture, whose robots have one and two cameras and chunks of different lengths."""
+    batches = [batch for batch, _ in take(opened, 40)]
+    assert {d for b in batches for d in np.unique(b.dataset)} == {-1, 0, 1, 2}
+    assert np.mean([(b.segment > 0).mean() for b in batches]) > 0.95
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +139,109 @@ def test_undecodable_image_is_skipped_and_counted(opened, monkeypatch):
         batch, _ = next(s)
     assert (batch.dataset == -1).all() and sum(s.skipped.values()) > 0
     assert all(cause == "undecodable image" for _, cause in s.skipped)
+
+
+@pytest.mark.parametrize("pictures", [1, 500])
+def test_reading_ahead_changes_nothing(opened, monkeypatch, pictures):
+    """Of a store that takes its time; and what cannot be read is skipped as it is otherwise."""
+    from vla_jax.data import store
+
+    data = dataclasses.replace(opened.config.data, read_ahead=pictures)
+    slow = tuple(dataclasses.replace(ix, place=store.Store(ix.place.url, latency_s=0.002)) for ix in opened.indexes)
+    ahead = dataclasses.replace(opened, indexes=slow, config=dataclasses.replace(opened.config, data=data))
+    assert all(same(a, b) and np.array_equal(s, t) for (a, s), (b, t) in zip(take(opened, 4), take(ahead, 4)))
+
+    def gone(self, name, *rest, **options):
+        raise store.Unreadable(f"{name} is gone")
+
+    monkeypatch.setattr(store.Store, "_read_local", gone)
+    with Stream(ahead) as s:
+        batch, _ = next(s)
+    assert (batch.dataset == -1).all() and {cause for _, cause in s.skipped} == {"unreadable shard"}
+
+
+def test_too_many_bad_samples_are_refused(opened, monkeypatch):
+    """Each tenth picture of one robot broken: gone on with below data.max_skipped, refused above."""
+    from vla_jax.data import images
+    from vla_jax.data.source import Source
+
+    right = Source.pixels
+
+    def pixels(self, item, which, out, *rest):
+        if item.dataset == 1 and item.sample_id % 10 == 0:
+            raise images.UndecodableImage("broken on purpose")
+        right(self, item, which, out, *rest)
+
+    monkeypatch.setattr(Source, "pixels", pixels)
+    monkeypatch.setattr(stream, "_ENOUGH", 64)
+    limit = lambda most: dataclasses.replace(
+        opened, config=dataclasses.replace(opened.config, data=dataclasses.replace(opened.config.data, max_skipped=most))
+    )
+    with Stream(limit(0.3)) as s:
+        for _ in range(20):
+            batch, _ = next(s)
+            assert not ((batch.dataset == 1) & (batch.sample_id % 10 == 0)).any()
+        name = opened.names[1]
+        share = s.skipped[name, "undecodable image"] / s.drawn[name]
+        assert set(s.skipped) == {(name, "undecodable image")} and 0.03 < share < 0.3
+    with (
+        Stream(limit(0.02)) as s,
+        pytest.raises(UserError, match=rf"of \d+ samples of {name} could not be used \(\d+ x undecodable image\).*max_skipped = 0.02"),
+    ):
+        for _ in range(20):
+            next(s)
+
+
+# One host as a process of its own: takes some batches from a state in a file, and writes what it saw and the state after.
+HOST = """
+import json, sys
+import numpy as np
+from vla_jax import config
+from vla_jax.data import source
+from vla_jax.data.stream import Stream
+job = json.loads(sys.argv[1])
+src = source.open_source(config.load("configs/demo.py", job["overrides"])[0], tokens_per_image=16)
+state = np.load(job["state"]) if job["state"] else None
+share = None if state is None else np.split(state, job["processes"])[job["process"]]
+with Stream(src, process=job["process"], processes=job["processes"], state=share) as s:
+    taken = [next(s) for _ in range(job["batches"])]
+fields = ("images", "tokens", "segment", "target", "actions", "action_mask", "state", "dataset", "sample_id")
+np.savez(job["out"], after=taken[-1][1], **{f: np.stack([getattr(b, f) for b, _ in taken]) for f in fields})
+"""
+
+
+def hosts(count: int, batches: int, overrides: list[str], folder: Path, state: str = "", threads=(1, 3)) -> dict[str, np.ndarray]:
+    """What `count` processes saw, side by side: {field: [batch, row of the global batch, ..]}, and all their states after it."""
+    folder.mkdir()
+    jobs = [{"process": i, "processes": count, "batches": batches, "state": state, "out": str(folder / f"{i}.npz")} for i in range(count)]
+    options = [[*overrides, f"data.threads={threads[i % len(threads)]}"] for i in range(count)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, json.dumps(job | {"overrides": o})],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for job, o in zip(jobs, options)
+    ]
+    for process in running:
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said
+    parts = [np.load(job["out"]) for job in jobs]
+    return {f: np.concatenate([p[f] for p in parts], axis=0 if f == "after" else 1) for f in parts[0].files}
+
+
+def test_processes_of_any_number_see_the_same_samples(opened, tabletop, tmp_path):
+    """1, 2 and 4 processes with different numbers of threads, and a restart from 2 to 4, sample by sample and pixel by pixel."""
+    index = opened.indexes[0].path.parent
+    overrides = [f"data.root={tabletop}", f"data.index_dir={index}", "pack.rows=8", "pack.group=2", "augment.crop=0.8", "augment.hue=0.1"]
+    one = hosts(1, 6, overrides, tmp_path / "one")
+    two = hosts(2, 3, overrides, tmp_path / "two")
+    np.save(tmp_path / "state.npy", two["after"])
+    four = hosts(4, 3, overrides, tmp_path / "four", state=str(tmp_path / "state.npy"))
+    for field in one:
+        if field != "after":
+            assert np.array_equal(one[field][:3], two[field]), field
+            assert np.array_equal(one[field][3:], four[field]), field
+    assert np.array_equal(one["after"], four["after"])
+    assert len(np.unique(one["sample_id"][one["sample_id"] >= 0])) == (one["sample_id"] >= 0).sum() > 150

@@ -1,13 +1,14 @@
 """Steps, meshes, resuming, and the real sample. Eight virtual devices."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from vla_jax import config, paths, tree
-from vla_jax.data import feed
+from vla_jax.data import feed, sample
 from vla_jax.data.stream import Stream
 from vla_jax.models import vla
 from vla_jax.train import evaluate, loop, metrics, optim, state, step
@@ -162,6 +163,36 @@ def test_one_step_of_each_config(path, real_data, tabletop, tmp_path):
     assert int(state.step) == 1
     (line,) = [x for x in metrics.read(tmp_path / "w") if "train/loss" in x]
     assert np.isfinite(line["train/loss"]) and line["train/loss"] > 0
+    about = metrics.read(tmp_path / "w")[0]
+    assert about["step"] == 0 and all(v > 0 for k, v in about.items() if k.endswith(("/episodes", "/frames")))
+
+
+def test_what_is_skipped_is_in_the_metrics(tabletop, tiny, tmp_path):
+    """One episode damaged before the scan, pictures of others after it."""
+    shutil.copytree(tabletop, tmp_path / "data")
+    place = next(p for p in (tmp_path / "data").iterdir() if p.name.endswith("slider"))
+    shard = sorted(next(place.iterdir()).glob("*.tfrecord*"))[0]
+    flip(shard, 3000)
+    c = tiny(
+        "train.steps=3", "train.log_every=3", f"data.root={tmp_path / 'data'}", f"data.index_dir={tmp_path / 'ix'}", "data.max_skipped=0.5"
+    )
+    run = loop.prepare(c, tmp_path / "w")
+    (ix,) = [ix for ix in run.source.indexes if ix.card.name == place.name]
+    for frame in range(0, ix.frames, 4):
+        at = sample.picture(ix, frame, ix.views[0])
+        flip(shard.with_name(ix.shards[at.shard]), at.record + at.offset)
+    loop.train(run, quiet=True)
+    lines = metrics.read(tmp_path / "w")
+    assert lines[0][f"data/{place.name}/skipped/payload checksum mismatch"] == 1
+    skipped = {k: v for x in lines for k, v in x.items() if k.startswith("train/skipped/")}
+    assert set(skipped) == {f"train/skipped/{place.name}/undecodable image"} and min(skipped.values()) >= 1
+
+
+def flip(path, at):
+    """One byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0xFF
+    path.write_bytes(data)
 
 
 def test_bridge_learns_more_than_the_unigrams(real_data, tmp_path):

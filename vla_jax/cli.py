@@ -152,14 +152,18 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
         p.add_argument("--index-dir", default="", metavar="DIR")
         p.add_argument("--holdout", type=_share, default=config.Data.holdout)
-        p.add_argument("--max-skipped", type=float, default=config.Data.max_skipped, help="share of bad episodes above which a dataset is refused")
+        p.add_argument(
+            "--max-skipped", type=float, default=config.Data.max_skipped, help="share of bad episodes above which a dataset is refused"
+        )
         p.add_argument("--workers", type=int, default=0, help="scanning processes (0: one a core)")
         if name == "inspect":
             p.add_argument("--episode", type=int, default=0)
             p.add_argument("--steps", type=_positive, default=5)
         if name == "report":
             p.add_argument("--out", required=True, metavar="FILE.html")
-            p.add_argument("--config", default="", metavar="FILE[:ARG]", help="config whose chunk, tokens, holdout and max_skipped are shown")
+            p.add_argument(
+                "--config", default="", metavar="FILE[:ARG]", help="config whose chunk, tokens, holdout and max_skipped are shown"
+            )
             p.set_defaults(holdout=None, max_skipped=None)
 
     tokens = commands.add_parser("tokens", help="the action tokenizer").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -268,7 +272,9 @@ def _indexes(args):
 
     for card in mixture.load(args.mixture).cards:
         show = lambda shards, total, name=card.name: tqdm(shards, total=total, desc=name, unit="shard")
-        yield index.ensure(card, args.root, args.index_dir, holdout=args.holdout, max_skipped=args.max_skipped, workers=args.workers, progress=show)
+        yield index.ensure(
+            card, args.root, args.index_dir, holdout=args.holdout, max_skipped=args.max_skipped, workers=args.workers, progress=show
+        )
 
 
 def _data_index(args) -> int:

@@ -30,8 +30,9 @@ class Data:
     history: int = 1  # steps that are seen: 2 adds the pictures and the state of the step before
     resize: str = "linear"  # linear | antialias (slower; for pictures that shrink much)
     max_skipped: float = 0.1  # share of a dataset's episodes (when indexed) or samples (when drawn) that may be bad before it is refused
-    threads: int = 0  # reading and decoding threads per process; 0: one a core, 64 where data.root is a URL
-    prefetch: int = 2  # batches made ahead
+    threads: int = 0  # decoding threads per process; 0: one a core
+    read_ahead: int = 512  # pictures asked for before they are needed, per process, where data.root is a URL
+    prefetch: int = 2  # batches made ahead; more where read_ahead needs them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,14 @@ def run(
                     if line["frames"] != expected:
                         raise RuntimeError(f"{name}: {line['who']} reads {line['frames']} frames, our index has {expected}")
                     yield {"set": name, "cores": n, **line}
-        job = {**base, "what": "stores", "threads": most, "repeats": min(repeats, _STORE_REPEATS), "seconds": seconds, "latencies_ms": latencies_ms}
+        job = {
+            **base,
+            "what": "stores",
+            "threads": most,
+            "repeats": min(repeats, _STORE_REPEATS),
+            "seconds": seconds,
+            "latencies_ms": latencies_ms,
+        }
         for line in _measure("data_costs", job, available[:most]):
             yield {"set": name, "cores": most, **line}
 

@@ -26,7 +26,7 @@ from vla_jax.data.store import Store
 from vla_jax.data.stream import Stream, initial_state
 
 _BATCHES = 20
-THREADS = (16, 64, 256)
+AHEAD = (128, 512, 1024)  # pictures
 ENOUGH = 0.9  # of the rate without latency
 
 
@@ -145,29 +145,29 @@ def scanning(folder: Path, name: str, *, repeats: int) -> list[dict]:
 
 
 def stores(folder: Path, name: str, *, threads: int, repeats: int, seconds: float, latencies_ms: list[int]) -> list[dict]:
-    """The stream over a store that sleeps before each read (0 ms among latencies_ms). Without latency the rate is the best of all numbers of threads,
-    one a core among them."""
+    """The stream over a store that takes its time with every read, with one decoding thread a core and so many pictures asked
+    for ahead. Among latencies_ms is 0, with which a picture is read when it is decoded."""
     src = data_rates.open_set(folder, threads=threads)
     place = src.indexes[0].place.url
     found: dict[tuple[int, int], list[float]] = {}
     for _ in range(repeats):
         for ms in latencies_ms:
             slow = dataclasses.replace(src.indexes[0], place=Store(place, latency_s=ms / 1e3))
-            for n in (threads, *THREADS) if ms == 0 else THREADS:
-                data = dataclasses.replace(src.config.data, threads=n)
+            for n in AHEAD if ms else (0,):
+                data = dataclasses.replace(src.config.data, read_ahead=n or 1, prefetch=1 if n else src.config.data.prefetch)
                 one = dataclasses.replace(src, indexes=(slow,), config=dataclasses.replace(src.config, data=data))
                 rate = data_rates.rows(one, seconds)
                 found.setdefault((ms, n), []).append(rate.pictures / rate.wall_s)
             slow.place.close()
     rates = {key: median(values) for key, values in found.items()}
-    best = max(rate for (ms, _), rate in rates.items() if ms == 0)
+    best = rates[0, 0]
     lines = []
     for ms in latencies_ms:
         reached = max(rate for (m, _), rate in rates.items() if m == ms)
         enough = [n for (m, n), rate in sorted(rates.items()) if m == ms and rate >= ENOUGH * best]
-        by_threads = {f"pictures_per_s_{n}_threads": round(rate, 1) for (m, n), rate in sorted(rates.items()) if m == ms}
-        line = {"what": "store", "who": "vla_jax rows", "latency_ms": ms, **by_threads, "without_latency_pictures_per_s": round(best, 1)}
-        lines.append(line | {"most_of_it": round(reached / best, 3), "least_threads_for_0.9": enough[0] if enough else None})
+        by_number = {f"pictures_per_s_{n}_ahead": round(rate, 1) for (m, n), rate in sorted(rates.items()) if m == ms}
+        line = {"what": "store", "who": "vla_jax rows", "latency_ms": ms, **by_number, "without_latency_pictures_per_s": round(best, 1)}
+        lines.append(line | {"most_of_it": round(reached / best, 3), "least_ahead_for_0.9": enough[0] if enough else None})
     return lines
 
 
@@ -189,7 +189,9 @@ def _until_idle() -> None:
 def _resident() -> dict[str, float]:
     """MB by kind, from /proc/self/status."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {line[0].rstrip(":"): int(line[1]) * 1024 / 1e6 for line in lines if line and line[0] in ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")}
+    return {
+        line[0].rstrip(":"): int(line[1]) * 1024 / 1e6 for line in lines if line and line[0] in ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")
+    }
 
 
 def _mapped_kb(folder: Path) -> float:

@@ -50,7 +50,16 @@ def dataset(place: str, views: list[str], encoding: str, *, resize: str, threads
 
 
 def measure(
-    place: str, views: list[str], encoding: str, *, resize: str, threads: int, size: int, repeats: int, seconds: float, shuffle: int = SHUFFLE
+    place: str,
+    views: list[str],
+    encoding: str,
+    *,
+    resize: str,
+    threads: int,
+    size: int,
+    repeats: int,
+    seconds: float,
+    shuffle: int = SHUFFLE,
 ) -> list[dict]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     imports = time.perf_counter()

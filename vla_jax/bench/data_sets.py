@@ -135,7 +135,11 @@ def _episodes(root: str, kind: Kind, frames: int) -> Iterator[dict[str, Any]]:
         for at in range(first, min(first + EPISODE_STEPS, frames)):
             frame, observation = at % ix.frames, {"state": np.asarray(ix.state[at % ix.frames])}
             for view, key in VIEWS.items():
-                big = cv2.resize(images.decode(sample.fetch(ix, sample.picture(ix, frame, view)), ix.pictures[view]), (w, h), interpolation=cv2.INTER_CUBIC)
+                big = cv2.resize(
+                    images.decode(sample.fetch(ix, sample.picture(ix, frame, view)), ix.pictures[view]),
+                    (w, h),
+                    interpolation=cv2.INTER_CUBIC,
+                )
                 y, x = rng.integers(h), rng.integers(w)  # a window of the field: fresh noise without drawing it anew
                 noisy = cv2.add(big, field[y : y + h, x : x + w], dtype=cv2.CV_8U)
                 observation[key.removeprefix("observation/")] = io.BytesIO(_encode(noisy, kind))
@@ -164,7 +168,10 @@ def _write(root: str, name: str, frames: int, out: str) -> None:
     picture = features.Image(shape=(kind.height, kind.width, 3), encoding_format=kind.encoding)
     step = {
         "observation": features.FeaturesDict(
-            {**{key.removeprefix("observation/"): picture for key in VIEWS.values()}, "state": features.Tensor(shape=(7,), dtype=np.float32)}
+            {
+                **{key.removeprefix("observation/"): picture for key in VIEWS.values()},
+                "state": features.Tensor(shape=(7,), dtype=np.float32),
+            }
         ),
         "action": features.Tensor(shape=(7,), dtype=np.float32),
         "language_instruction": features.Text(),
@@ -174,7 +181,9 @@ def _write(root: str, name: str, frames: int, out: str) -> None:
     metadata = {"episode_id": features.Scalar(np.int32)}
     spec = features.FeaturesDict({"steps": features.Dataset(step), "episode_metadata": metadata})
     shards = max(1, min(SHARDS, frames // EPISODE_STEPS))
-    write.write(out, f"bench_{name}", VERSION, spec, _episodes(root, kind, frames), shards=shards, description="enlarged BridgeData V2 frames")
+    write.write(
+        out, f"bench_{name}", VERSION, spec, _episodes(root, kind, frames), shards=shards, description="enlarged BridgeData V2 frames"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ class Change:
     crop: tuple[float, float, float, float]
     colour: np.ndarray | None
 
-
     def numbers(self) -> np.ndarray:
         """f32[16]: crop and colour, as the device takes them."""
         colour = np.eye(3, 4) if self.colour is None else self.colour

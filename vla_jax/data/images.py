@@ -22,9 +22,9 @@ class UndecodableImage(Exception):
         self.cause = cause
 
 
-def decode(data: bytes, feature: Feature | None = None, *, bgr: bool = False) -> np.ndarray:
+def decode(data: bytes | memoryview, feature: Feature | None = None, *, bgr: bool = False, into: np.ndarray | None = None) -> np.ndarray:
     """JPEG or PNG bytes -> u8[h w 3], RGB; or, where `feature` says that pixels are stored raw, those. bgr: whoever recorded
-    it took red for blue, which is put right.
+    it took red for blue, which is put right. into: u8[n] memory to use if it is of use (JPEG) and large enough.
 
     Raises: UndecodableImage.
     """
@@ -33,7 +33,13 @@ def decode(data: bytes, feature: Feature | None = None, *, bgr: bool = False) ->
         return np.ascontiguousarray(image[..., ::-1]) if bgr else image
     try:
         if data[:2] == b"\xff\xd8":
-            return simplejpeg.decode_jpeg(data, "BGR" if bgr else "RGB")
+            order = "BGR" if bgr else "RGB"
+            if into is not None:
+                try:
+                    return simplejpeg.decode_jpeg(data, order, buffer=into)
+                except ValueError:  # damaged, or larger than its features say: without the buffer it is one or the other
+                    pass
+            return simplejpeg.decode_jpeg(data, order)
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR if bgr else cv2.IMREAD_COLOR_RGB)
     except (ValueError, cv2.error) as e:
         raise UndecodableImage(str(e)) from e
@@ -54,7 +60,7 @@ def _raw(data: bytes, feature: Feature) -> np.ndarray:
             ends = raw < 0x80  # a value of 128 to 255 takes two bytes, 0x80 | low seven bits and then 1
             low = raw & 0x7F
             data = (low[ends] | 0) if ends.all() else _two_byte(low, ends)
-        pixels = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+        pixels = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     except (zlib.error, ValueError) as e:
         raise UndecodableImage(f"raw image: {e}") from e
     if pixels.size != size:

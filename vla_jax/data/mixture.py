@@ -51,7 +51,9 @@ def load(name: str) -> Mixture:
         or not isinstance(raw["datasets"], dict)
         or not raw["datasets"]
     ):
-        raise UserError(f"mixture {path} must have exactly: name, source (where the weights were published), weight (per_dataset or times_size), datasets (name: weight)")
+        raise UserError(
+            f"mixture {path} must have exactly: name, source (where the weights were published), weight (per_dataset or times_size), datasets (name: weight)"
+        )
     if raw["weight"] not in ("per_dataset", "times_size"):
         raise UserError(f"mixture {path}: weight is {raw['weight']!r}; allowed: per_dataset, times_size")
     for key, value in raw["datasets"].items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +12,9 @@ import numpy as np
 from vla_jax.data.augment import Change
 from vla_jax.data.sample import Picture
 from vla_jax.types import PAD, Batch
+
+_CHOICE = 64  # waiting items that a row is filled from
+_TRIES = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,33 +34,103 @@ class Item:
 
 
 def place(sizes: Sequence[tuple[int, int, int]], rows: int, limits: tuple[int, int, int], samples: int) -> list[list[int]]:
-    """Best fit, longest first, except that the oldest item always goes first and so never starves.
+    """Fills row after row as full as the waiting items allow: the oldest goes first, so that none starves, and to it those of the
+    next _CHOICE whose tokens add up to the most that still fits.
 
-    sizes: (tokens, images, targets) of each waiting item, oldest first; limits: the same of a row.
+    That is a subset sum, exact and cheap on the bits of one integer: bit `tokens * stride + images` says that some items add up
+    to these. Should a full row have more samples or targets than a row may, the next fuller one is tried, a few times.
+
+    sizes: (tokens, images, targets) of each waiting item, oldest first, none larger than limits, which are those of a row.
     Returns for each row the items in it, in the order they were given.
     """
-    free = [list(limits) for _ in range(rows)]
-    out: list[list[int]] = [[] for _ in range(rows)]
-    order = [0, *sorted(range(1, len(sizes)), key=lambda i: (-sizes[i][0], i))] if sizes else []
-    for i in order:
-        fits = [r for r in range(rows) if len(out[r]) < samples and all(f >= s for f, s in zip(free[r], sizes[i]))]
-        if not fits:
+    length, images, targets = limits
+    stride, fits = 2 * images + 1, _fits(length, images)
+    waiting, out = list(range(len(sizes))), []
+    for _ in range(rows):
+        if not waiting:
+            out.append([])
             continue
-        row = min(fits, key=lambda r: free[r][0])
-        out[row].append(i)
-        free[row] = [f - s for f, s in zip(free[row], sizes[i])]
-    return [sorted(r) for r in out]
+        first, others = waiting[0], waiting[1 : 1 + _CHOICE]
+        bit = lambda i: sizes[i][0] * stride + sizes[i][1]
+        reach = [1 << bit(first)]  # [k]: the sums of `first` and any of the k oldest others
+        for i in others:
+            reach.append(reach[-1] | reach[-1] << bit(i) & fits)
+        row, sums = [first], reach[-1]
+        for _ in range(_TRIES):
+            full = sums.bit_length() - 1
+            found = [first, *_parts(full, reach, others, bit)]
+            if len(found) <= samples and sum(sizes[i][2] for i in found) <= targets:
+                row = found
+                break
+            sums &= ~(1 << full)
+        else:  # targets or samples are what is scarce: whoever comes first
+            left = [x - y for x, y in zip(limits, sizes[first])]
+            for i in others:
+                if len(row) < samples and all(x <= y for x, y in zip(sizes[i], left)):
+                    row.append(i)
+                    left = [y - x for x, y in zip(sizes[i], left)]
+        row.sort()
+        out.append(row)
+        waiting = sorted(set(waiting) - set(row))
+    return out
+
+
+def _parts(total: int, reach: list[int], others: list[int], bit) -> list[int]:
+    """Which of `others` add up to `total`: the older ones, where there is a choice."""
+    out = []
+    for k in range(len(others), 0, -1):
+        if not reach[k - 1] >> total & 1:  # not without this one
+            out.append(others[k - 1])
+            total -= bit(others[k - 1])
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def _fits(length: int, images: int) -> int:
+    """The bits of all sums that a row may hold. A sum of too many images lands between those of `stride`, and is cut here."""
+    stride = 2 * images + 1
+    return sum(((1 << images + 1) - 1) << tokens * stride for tokens in range(length + 1))
+
+
+class Memory:
+    """Arrays of one shape that are used again once nobody holds them, or a view of them, any more: fresh pages cost as much as a
+    quarter of decoding. Whether anybody does, CPython's reference counts say."""
+
+    def __init__(self, most: int = 16):
+        self._arrays, self._most = [], most
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """u8[shape], with whatever it held before."""
+        size = int(np.prod(shape))
+        for i in range(len(self._arrays)):
+            if sys.getrefcount(self._arrays[i]) == _UNUSED and self._arrays[i].size == size:
+                return self._arrays[i].reshape(shape)
+        made = np.empty(size, np.uint8)
+        if len(self._arrays) < self._most:
+            self._arrays.append(made)
+        return made.reshape(shape)
+
+
+_held = [np.empty(1, np.uint8)]
+_UNUSED = sys.getrefcount(_held[0])  # of an array that only a list holds
 
 
 def assemble(
-    rows: list[list[Item]], *, length: int, images: int, samples: int, image_size: int, shape: tuple[int, int, int]
+    rows: list[list[Item]],
+    *,
+    length: int,
+    images: int,
+    samples: int,
+    image_size: int,
+    shape: tuple[int, int, int],
+    memory: Memory | None = None,
 ) -> tuple[Batch, list[tuple[Item, int, int, int]]]:
     """Rows of items -> (Batch (numpy) in which all but the pixels stand, where each picture belongs: (item, which of its
     pictures, row, image slot)). shape: the mixture's largest (chunk steps, action dims, state dims)."""
     b, (k, a, s) = len(rows), shape
     i32 = lambda *d: np.zeros(d, np.int32)
     out = Batch(
-        images=np.empty((b, images, image_size, image_size, 3), np.uint8),
+        images=(memory or Memory()).empty((b, images, image_size, image_size, 3)),
         tokens=np.full((b, length), PAD, np.int32),
         segment=i32(b, length),
         position=i32(b, length),
@@ -68,15 +143,13 @@ def assemble(
         dataset=np.full((b, samples), -1, np.int32),
         sample_id=np.full((b, samples), -1, np.int64),
     )
-    slots = []
+    slots, count = [], np.arange(length)
     for r, row in enumerate(rows):
         at = slot = 0
         for g, item in enumerate(row):
             seq = item.sequence
             span = slice(at, at + seq.length)
-            out.tokens[r, span], out.block[r, span], out.target[r, span] = seq.tokens, seq.block, seq.target
-            out.loss_weight[r, span], out.segment[r, span] = seq.loss_weight, g + 1
-            out.position[r, span] = np.arange(seq.length)
+            seq.fill(out.block[r, span], out.target[r, span], out.loss_weight[r, span])
             for which in range(len(item.pictures)):
                 slots.append((item, which, r, slot))
                 slot += 1
@@ -84,8 +157,13 @@ def assemble(
             out.state[r, g, : len(item.state)] = item.state
             out.actions[r, g, :steps, :dims] = item.actions
             out.action_mask[r, g, :steps, :dims] = item.action_mask[:, None]
-            out.dataset[r, g], out.sample_id[r, g] = item.dataset, item.sample_id
             at += seq.length
+        if row:
+            lengths, n = [item.sequence.length for item in row], len(row)
+            np.concatenate([item.sequence.tokens for item in row], out=out.tokens[r, :at])
+            np.concatenate([count[:n] for n in lengths], out=out.position[r, :at], casting="same_kind")
+            out.segment[r, :at] = np.repeat(count[1 : n + 1], lengths)
+            out.dataset[r, :n], out.sample_id[r, :n] = [item.dataset for item in row], [item.sample_id for item in row]
         out.images[r, slot:] = 0  # the rest is written by whoever decodes
     return out, slots
 

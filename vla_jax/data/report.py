@@ -106,19 +106,40 @@ def _contents(surveys: list[Survey], found) -> str:
     parts = lambda s: ", ".join(f'<a href="#{_e(s.name)}-{p.lower()}">{p.lower()}</a>' for p in _PARTS)
     items = [f'<li>{link(s)}{said(many[s.name])}<br><span class="small">{parts(s)}</span></li>' for s in surveys]
     top = f'<li><a href="#-weights">Weights</a></li><li><a href="#-warnings">Warnings</a> ({len(found)})</li>'
-    return f'<section><nav><h4>Contents</h4><ul>{top}{"".join(items)}</ul></nav></section>'
+    return f"<section><nav><h4>Contents</h4><ul>{top}{''.join(items)}</ul></nav></section>"
 
 
 def _weights(mix: Mixture, surveys: list[Survey]) -> str:
-    head = ["dataset", "weight", "share of samples", "share of frames", "episodes", "frames", "hours", "epochs in 1M samples", "samples until all seen"]
+    head = [
+        "dataset",
+        "weight",
+        "share of samples",
+        "share of frames",
+        "episodes",
+        "frames",
+        "hours",
+        "epochs in 1M samples",
+        "samples until all seen",
+    ]
     head += ["with an instruction", "skipped", "filtered", "missing shards"]
     rows = []
     for s in surveys:
-        bar = f'<span style="display:block;background:linear-gradient(90deg,#c9dff5 {100 * s.share:.1f}%,transparent 0)">{s.share:.2%}</span>'
+        bar = (
+            f'<span style="display:block;background:linear-gradient(90deg,#c9dff5 {100 * s.share:.1f}%,transparent 0)">{s.share:.2%}</span>'
+        )
         gone = [s.ix.shards[i] for i in sorted(s.ix.missing)]
         name = f'<a href="#{_e(s.name)}">{_e(s.name)}</a>'
         lost = f"{len(gone)}: {', '.join(gone[:3])}{', ..' if len(gone) > 3 else ''}" if gone else "none"
-        row = [(name,), f"{s.weight:g}", (bar,), f"{s.frame_share:.2%}", f"{s.ix.episodes:,}", f"{s.ix.frames:,}", f"{s.hours:.2f}", _n(s.epochs)]
+        row = [
+            (name,),
+            f"{s.weight:g}",
+            (bar,),
+            f"{s.frame_share:.2%}",
+            f"{s.ix.episodes:,}",
+            f"{s.ix.frames:,}",
+            f"{s.hours:.2f}",
+            _n(s.epochs),
+        ]
         row += [f"{s.train_frames / s.share:,.0f}" if s.share else "never", f"{s.labelled / s.ix.frames:.1%}"]
         rows.append([*row, survey.causes(s.ix.skipped) or "none", survey.causes(s.ix.filtered) or "none", lost])
     table = _table(head, rows, range(1, 10), "names")
@@ -163,8 +184,12 @@ def _card(s: Survey, seen: dict[str, str]) -> str:
     shown = _table(["view", "key", "pictures", ""], views) if views else '<p class="dim">No camera is recorded.</p>'
     dims = lambda key: [[c.dim.name, c.dim.unit, c.dim.frame, c.dim.kind] for c in s.columns[key]]
     said = [[t, f"{n:,}"] for t, n in s.texts]
-    texts = _table([f"most frequent of {s.distinct:,} instructions", "frames"], said, {1}) if said else '<p class="dim">There are no instructions.</p>'
-    specs = "".join(f'<div>{_table([key, "unit", "frame", "kind"], dims(key))}</div>' for key in ("action", "state") if s.columns[key])
+    texts = (
+        _table([f"most frequent of {s.distinct:,} instructions", "frames"], said, {1})
+        if said
+        else '<p class="dim">There are no instructions.</p>'
+    )
+    specs = "".join(f"<div>{_table([key, 'unit', 'frame', 'kind'], dims(key))}</div>" for key in ("action", "state") if s.columns[key])
     return f'{_facts(facts)}<div class="two" style="margin:14px 0"><div>{shown}<br>{texts}</div>{specs}</div>'
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -77,16 +79,31 @@ def picture(index: StepIndex, frame: int, view: str) -> Picture:
     return Picture(view, view, int(index.episode_shard[episode]), int(index.episode_offset[episode]), offset, length)
 
 
-def fetch(index: StepIndex, at: Picture) -> bytes:
-    """The stored bytes of one picture: one ranged read. Raises: UndecodableImage."""
+def fetch(index: StepIndex, at: Picture, into: memoryview | None = None) -> bytes | memoryview:
+    """The stored bytes of one picture: one ranged read, into that memory where it can be done. Raises: UndecodableImage."""
     if at.shard in index.missing:
         raise UndecodableImage(f"{index.place}/{index.shards[at.shard]} is gone", "shard deleted after indexing")
     try:
         if ".array_record" in index.shards[at.shard]:
             return _array_record(index, at.shard, at.record)[at.offset : at.offset + at.length]
-        return index.place.read(index.shards[at.shard], at.record + at.offset, at.length)
+        return index.place.read(index.shards[at.shard], at.record + at.offset, at.length, into=into)
     except Unreadable as e:
         raise UndecodableImage(str(e), "unreadable shard") from e
+
+
+def start(index: StepIndex, at: Picture) -> Callable[[], bytes] | None:
+    """The same read begun ahead, where the store is far; call it for the bytes. None: `fetch` them when they are needed."""
+    if not index.place.far or at.shard in index.missing or ".array_record" in index.shards[at.shard]:
+        return None
+    asked = index.place.start(index.shards[at.shard], at.record + at.offset, at.length)
+
+    def wait() -> bytes:
+        try:
+            return asked()
+        except Unreadable as e:
+            raise UndecodableImage(str(e), "unreadable shard") from e
+
+    return wait
 
 
 _one_reader = threading.Lock()
@@ -115,14 +132,41 @@ def instruction(index: StepIndex, frame: int, seed: int, sample_id: int) -> str:
     return said[int(mixture.mix_keys(seed, mixture.INSTRUCTION, sample_id) % np.uint64(len(said)))]
 
 
-def pixels(
-    index: StepIndex, at: Picture, *, size: int, resize: str, change: augment.Change | None = None, out: np.ndarray | None = None
-) -> np.ndarray:
-    """One picture, decoded, resized and (where `change` says how) augmented: u8[size size 3], into `out` if given.
+_thread = threading.local()
+_LARGEST = 16 << 20  # bytes kept by a thread; larger pictures get memory of their own
 
-    Raises: UndecodableImage.
+
+def _scratch(stored: int, shape: tuple[int, ...]) -> tuple[memoryview | None, np.ndarray | None]:
+    """This thread's memory for a picture's stored bytes and for its pixels, used again for the next."""
+    pixels = math.prod(shape) if shape and min(shape) > 0 else 0
+    if max(stored, pixels) > _LARGEST:
+        return None, None
+    if getattr(_thread, "stored", None) is None or len(_thread.stored) < stored:
+        _thread.stored = memoryview(bytearray(max(stored, 1 << 16)))
+    if getattr(_thread, "pixels", None) is None or _thread.pixels.size < pixels:
+        _thread.pixels = np.empty(pixels, np.uint8)
+    return _thread.stored, _thread.pixels
+
+
+def pixels(
+    index: StepIndex,
+    at: Picture,
+    *,
+    size: int,
+    resize: str,
+    change: augment.Change | None = None,
+    out: np.ndarray | None = None,
+    asked: Callable[[], bytes] | None = None,
+) -> np.ndarray:
+    """One picture, read (or `asked` for ahead, see `start`), decoded, resized and (where `change` says how) augmented:
+    u8[size size 3], into `out` if given. Raises: UndecodableImage.
     """
-    image = images.decode(fetch(index, at), index.pictures[at.view], bgr=at.view in index.card.bgr)
+    memory, decoded = _scratch(at.length, index.pictures[at.view].shape)
+    image = images.decode(
+        asked() if asked else fetch(index, at, memory), index.pictures[at.view], bgr=at.view in index.card.bgr, into=decoded
+    )
+    if out is None and change is None and image.shape[:2] == (size, size):
+        return image.copy()  # its memory is used again
     if change is None:
         return images.resize(image, size, resize, out)
     return augment.apply(image, change, size, resize, out)

@@ -27,6 +27,11 @@ from vla_jax.data.store import Store
 LOST = "behind a broken record"  # episodes of a shard that cannot be reached any more
 
 
+def cores() -> int:
+    """Those that this process may use: of all, where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def shard(store: Store, name: str, expected: int, card: DatasetCard, features: dict[str, Feature]) -> dict:
     """One shard -> its part of the index: the arrays of `index._FRAME` and `index._EPISODE`, and "said": {texts, sets
     (each a list of text numbers), skipped {cause: episodes}, filtered {filter: episodes}}."""
@@ -71,7 +76,9 @@ def shard(store: Store, name: str, expected: int, card: DatasetCard, features: d
 
 def _wanted(card: DatasetCard) -> frozenset[str]:
     inside = [k for k in card.keys() if not k.startswith(EPISODE)]
-    return frozenset([f"steps/{k}" for k in [*inside, "is_first"]] + [k.removeprefix(EPISODE) for k in card.keys() if k.startswith(EPISODE)])
+    return frozenset(
+        [f"steps/{k}" for k in [*inside, "is_first"]] + [k.removeprefix(EPISODE) for k in card.keys() if k.startswith(EPISODE)]
+    )
 
 
 def episode(example: Example, card: DatasetCard, features: dict[str, Feature]) -> dict:

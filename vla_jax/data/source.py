@@ -243,11 +243,17 @@ class Source:
             out.append(pack.Item(number, dataset, frame, sequence, pictures[i], states[i], chunks[i], masks[i], changes[i]))
         return out
 
-    def pixels(self, item: pack.Item, which: int, out: np.ndarray) -> None:
-        """Reads, decodes, resizes and augments one of an item's pictures into `out`. Raises: images.UndecodableImage."""
+    def start(self, item: pack.Item, which: int):
+        """Asks a far store for one of an item's pictures; see sample.start."""
+        return sample.start(self.indexes[item.dataset], item.pictures[which])
+
+    def pixels(self, item: pack.Item, which: int, out: np.ndarray, asked=None) -> None:
+        """Reads (or waits for what was `asked`), decodes, resizes and augments one of an item's pictures into `out`.
+        Raises: images.UndecodableImage."""
         at, c = item.pictures[which], self.config
         change = self.augmenter.of_view(item.change, at.view) if item.change and c.augment.where == "host" else None
-        sample.pixels(self.indexes[item.dataset], at, size=c.data.image_size, resize=c.data.resize, change=change, out=out)
+        size, resize = c.data.image_size, c.data.resize
+        sample.pixels(self.indexes[item.dataset], at, size=size, resize=resize, change=change, out=out, asked=asked)
 
     def sample(self, dataset: int, frame: int, sample_id: int = 0):
         """A whole types.Sample in robot units, for people, oracles and evaluation."""

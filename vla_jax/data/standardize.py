@@ -204,7 +204,10 @@ def _problem(name: str, arg) -> str:
     indices = lambda v: isinstance(v, list) and v and all(map(whole, v))
     if name == "pick":
         fits = isinstance(arg, str) or (
-            isinstance(arg, dict) and {"key"} <= set(arg) <= {"key", "dims"} and indices(arg.get("dims", [0])) and isinstance(arg["key"], str)
+            isinstance(arg, dict)
+            and {"key"} <= set(arg) <= {"key", "dims"}
+            and indices(arg.get("dims", [0]))
+            and isinstance(arg["key"], str)
         )
         return "" if fits else "needs a key, or {key, dims: [0, ..]}"
     if name == "concat":

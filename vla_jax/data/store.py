@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vla_jax.types import UserError
 
 _OPEN_FILES = 256  # handles kept open at once; a dataset may have thousands of shards
-_REQUESTS = 512  # concurrent requests that TensorStore is allowed; threads decide how many there are
+_REQUESTS = 4096  # concurrent requests that TensorStore is allowed; data.read_ahead decides how many there are
 
 
 class Unreadable(Exception):
@@ -21,7 +22,7 @@ class Unreadable(Exception):
 class Store:
     """Read-only files below a folder or URL. Safe for any number of threads; open handles are shared.
 
-    latency_s sleeps before every read: how a slow store would feel, for measurements.
+    latency_s: every read takes so much longer: how a slow store would feel, for measurements.
     """
 
     def __init__(self, place: str | Path, *, latency_s: float = 0.0):
@@ -35,17 +36,35 @@ class Store:
     def __str__(self) -> str:
         return self.url
 
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """`length` bytes from `offset` (to the end if None). Raises: Unreadable."""
+    def read(self, name: str, offset: int = 0, length: int | None = None, *, into: memoryview | None = None) -> bytes | memoryview:
+        """`length` bytes from `offset` (to the end if None), where it can be done in the memory of `into` (at least `length` long):
+        fresh memory for every picture costs more than the read. Raises: Unreadable."""
         if self._latency_s:
             time.sleep(self._latency_s)
         if self._kv is not None:
-            data = self._read_remote(name, offset, length)
-        else:
-            data = self._read_local(name, offset, length)
-        if length is not None and len(data) != length:
-            raise Unreadable(f"{self.url}/{name} ends before byte {offset + length}")
-        return data
+            asked = self._kv.read(name, byte_range=slice(offset, None if length is None else offset + length))
+            return self._whole(self._answer(name, asked), name, offset, length)
+        return self._whole(self._read_local(name, offset, length, into), name, offset, length)
+
+    @property
+    def far(self) -> bool:
+        """Whether a read is answered late enough that it should be started ahead."""
+        return self._kv is not None or self._latency_s > 0
+
+    def start(self, name: str, offset: int, length: int) -> Callable[[], bytes]:
+        """Asks for the bytes that `read` gives and returns at once; what is returned waits for them. No thread is spent on a
+        request that is under way. Raises, when called: Unreadable."""
+        if self._kv is not None:
+            asked = self._kv.read(name, byte_range=slice(offset, offset + length))
+            return lambda: self._whole(self._answer(name, asked), name, offset, length)
+        due = time.monotonic() + self._latency_s
+
+        def wait() -> bytes:
+            if (left := due - time.monotonic()) > 0:
+                time.sleep(left)
+            return self._whole(self._read_local(name, offset, length, None), name, offset, length)
+
+        return wait
 
     def identity(self, name: str) -> str | None:
         """What changes when the file does: its size (local) or its store's generation; None when it is gone."""
@@ -89,7 +108,7 @@ class Store:
                 os.close(handle)
             self._handles.clear()
 
-    def _read_local(self, name: str, offset: int, length: int | None) -> bytes:
+    def _read_local(self, name: str, offset: int, length: int | None, into: memoryview | None) -> bytes | memoryview:
         handle, keep = self._handles.get(name), True
         try:
             if handle is None:
@@ -101,6 +120,8 @@ class Store:
                         if keep:
                             self._handles[name] = handle
             try:
+                if into is not None:
+                    return into[: os.preadv(handle, [into[:length]], offset)]
                 return os.pread(handle, os.fstat(handle).st_size - offset if length is None else length, offset)
             finally:
                 if not keep:
@@ -108,9 +129,14 @@ class Store:
         except (OSError, ValueError) as e:
             raise Unreadable(f"{self.url}/{name}: {getattr(e, 'strerror', None) or e}") from e
 
-    def _read_remote(self, name: str, offset: int, length: int | None) -> bytes:
+    def _whole(self, data, name: str, offset: int, length: int | None):
+        if length is not None and len(data) != length:
+            raise Unreadable(f"{self.url}/{name} ends before byte {offset + length}")
+        return data
+
+    def _answer(self, name: str, asked) -> bytes:
         try:
-            found = self._kv.read(name, byte_range=slice(offset, None if length is None else offset + length)).result()
+            found = asked.result()
         except Exception as e:  # TensorStore raises ValueError, OSError or RuntimeError by the store's answer
             raise Unreadable(f"{self.url}/{name}: {' '.join(str(e).split())[:200]}") from e
         if found.state != "value":

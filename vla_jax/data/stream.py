@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
+import math
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,15 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from vla_jax.config import Config
-from vla_jax.data import augment, images, pack
+from vla_jax.data import augment, images, pack, scan
 from vla_jax.data.pack import Item
 from vla_jax.data.source import Source
 from vla_jax.types import Batch, UserError
 
 _OVERSUPPLY = 2.0  # tokens drawn before packing, as a multiple of what fits: the packer needs a choice
-_AHEAD = 128  # samples prepared at a time
+_AHEAD = 512  # samples prepared at a time, over all groups: fewer at once cost more each
 _ENOUGH = 1024  # samples of a dataset after which its share of bad ones is held against data.max_skipped
-_REMOTE_THREADS = 64  # with one read in flight each they hide 30 ms a read at 2000 pictures a second
 
 
 @dataclasses.dataclass
@@ -62,10 +61,14 @@ class Stream:
         self.drawn: collections.Counter = collections.Counter()
         self._state = initial_state(source.config)[self.mine.start : self.mine.stop] if state is None else np.array(state, np.int64)
         self._prepared: dict[int, Item] = {}
-        remote = any(index.place.path is None for index in source.indexes)
-        self._threads = source.config.data.threads or (_REMOTE_THREADS if remote else os.cpu_count() or 1)
+        self._reached = {g: int(s[0]) for g, s in zip(self.mine, self._state)}  # draws taken, by group
+        self._threads = source.config.data.threads or scan.cores()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
-        self._ready: queue.Queue = queue.Queue(maxsize=source.config.data.prefetch)
+        self._far = any(index.place.far for index in source.indexes)
+        pictures = source.config.data.read_ahead if self._far else 0
+        ahead = max(source.config.data.prefetch, math.ceil(pictures / (len(self.mine) * p.group * p.images)))
+        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
+        self._memory = pack.Memory(most=ahead + 8)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -112,13 +115,17 @@ class Stream:
             rows += packed
             states.append(after)
         self._state = np.stack(states)
-        batch, slots = pack.assemble(rows, **self._sizes())
+        batch, slots = pack.assemble(rows, **self._sizes(), memory=self._memory)
         augmenter = self.source.augmenter
         if augmenter and self.source.config.augment.where == "device":
             change = np.tile(augment.IDENTITY.numbers(), (*batch.images.shape[:2], 1))
             for item, which, row, slot in slots:
                 change[row, slot] = augmenter.of_view(item.change, item.pictures[which].view).numbers()
             batch = dataclasses.replace(batch, change=change)
+        # A thread that decodes also reads, which is right as long as a read does not wait. Where it does, all reads of the batch
+        # are under way before the first picture is decoded.
+        asked = [self.source.start(item, which) for item, which, _, _ in slots] if self._far else [None] * len(slots)
+        slots = list(zip(slots, asked))
         each = max(1, min(8, len(slots) // (4 * self._threads)))
         work = [self._pool.submit(self._decode, batch.images, slots[i : i + each]) for i in range(0, len(slots), each)]
         return _Pending(batch, rows, work, self._state)
@@ -127,9 +134,9 @@ class Stream:
         bad: dict[int, tuple[int, str]] = {}
         for work in pending.work:
             bad |= work.result()
-        for row in pending.rows:
-            for item in row:
-                self.drawn[self.source.names[item.dataset]] += 1
+        there = pending.batch.dataset
+        for dataset, n in enumerate(np.bincount(there[there >= 0])):
+            self.drawn[self.source.names[dataset]] += int(n)
         if not bad:
             return pending.batch
         for dataset, cause in bad.values():
@@ -158,8 +165,8 @@ class Stream:
         draw, items = int(state[0]), self._take([int(n) for n in state[1:] if n >= 0])
         enough, have = _OVERSUPPLY * p.group * p.length, sum(i.sequence.length for i in items)
         while have < enough and len(items) < len(state) - 1:
-            (item,) = self._take([group + draw * self.groups], ahead=self.groups)
-            draw += 1
+            (item,) = self._take([group + draw * self.groups], ahead=draw)
+            self._reached[group] = draw = draw + 1
             if item.sequence.length > p.length or item.sequence.targets > p.targets or len(item.pictures) > p.images:
                 self.drawn[self.source.names[item.dataset]] += 1
                 self.skipped[self.source.names[item.dataset], "too long for a row"] += 1
@@ -175,21 +182,26 @@ class Stream:
         after[0], after[1 : 1 + len(left)] = draw, [item.sample_id for item in left]
         return [[items[i] for i in row] for row in rows], after
 
-    def _take(self, numbers: list[int], ahead: int = 0) -> list[Item]:
-        """Items by number, each once. Those not prepared yet are, and with `ahead` the next ones at that distance as well."""
-        need = [n for n in numbers if n not in self._prepared]
+    def _take(self, numbers: list[int], ahead: int | None = None) -> list[Item]:
+        """Items by number, each once. Those that are not prepared yet are; with `ahead` so are the next draws of all groups from
+        that draw on, since groups advance at much the same pace."""
+        need = {n for n in numbers if n not in self._prepared}
         if need:
-            need += [need[-1] + ahead * i for i in range(1, _AHEAD)] if ahead else []
-            self._prepared |= {item.sample_id: item for item in self.source.draw(np.array(need))}
+            if ahead is not None:
+                draws = range(ahead, ahead + max(4, _AHEAD // len(self.mine)))
+                need |= {g + d * self.groups for g in self.mine for d in draws if d >= self._reached[g]}
+            fresh = np.array(sorted(need - self._prepared.keys()))
+            self._prepared |= {item.sample_id: item for item in self.source.draw(fresh)}
         return [self._prepared.pop(n) for n in numbers]
 
     def _decode(self, out: np.ndarray, slots) -> dict[int, tuple[int, str]]:
-        """Fills the pictures' slots of out u8[b m h w 3]; returns {sample number: (dataset, cause)} of those that fail."""
+        """Fills the pictures' slots of out u8[b m h w 3]; returns {sample number: (dataset, cause)} of those that fail.
+        slots: what `assemble` says of each, and its read if that is under way."""
         bad = {}
-        for item, which, row, slot in slots:
+        for (item, which, row, slot), asked in slots:
             if not self._stop.is_set():
                 try:
-                    self.source.pixels(item, which, out[row, slot])
+                    self.source.pixels(item, which, out[row, slot], asked)
                 except images.UndecodableImage as e:
                     bad[item.sample_id] = item.dataset, e.cause
         return bad

@@ -222,7 +222,9 @@ def warnings(s: Survey) -> list[str]:
     if long.size:
         worst = int(lengths.argmax())
         more = f"{long.size} episodes are" if long.size > 1 else "one episode is"
-        out.append(f"{more} more than 5 times as long as the median of {typical:g} steps; the longest, {worst}, has {lengths[worst]} steps.")
+        out.append(
+            f"{more} more than 5 times as long as the median of {typical:g} steps; the longest, {worst}, has {lengths[worst]} steps."
+        )
     if s.labelled < ix.frames:
         bare = ix.frames - s.labelled
         out.append(f"{bare} of {ix.frames} frames ({bare / ix.frames:.1%}) have no instruction.")
@@ -247,7 +249,10 @@ def _column_warnings(c: Column):
     limit, per = _LIMITS.get((c.dim.kind, c.dim.unit), (None, ""))
     size = max(-c.q01, c.q99)
     if limit is not None and size > limit:
-        yield f"reaches {size:.3g} {c.dim.unit} {per}".rstrip() + f", which is implausible for kind {c.dim.kind} (limit {limit:g} {c.dim.unit})."
+        yield (
+            f"reaches {size:.3g} {c.dim.unit} {per}".rstrip()
+            + f", which is implausible for kind {c.dim.kind} (limit {limit:g} {c.dim.unit})."
+        )
     if c.dim.kind == "binary":
         if c.odd > 0 or c.min < 0 or c.max > 1:
             yield f"is binary but {c.odd:.2%} of its values are neither 0 nor 1 (from {c.min:.3g} to {c.max:.3g})."

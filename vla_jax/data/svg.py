@@ -58,7 +58,9 @@ def whole_numbers(values, *, most_bins: int = 64) -> tuple[np.ndarray, float, fl
     return np.bincount((values - low) // wide, minlength=bins), float(low), float(low + bins * wide)
 
 
-def line(values, mask, *, band: tuple[float, float], limits: tuple[float, float], width: int = 140, height: int = 84, label: str = "") -> str:
+def line(
+    values, mask, *, band: tuple[float, float], limits: tuple[float, float], width: int = 140, height: int = 84, label: str = ""
+) -> str:
     """Values over their steps, those whose mask is False in grey; band: shaded, limits: the least that the y axis spans."""
     values, mask = np.nan_to_num(np.asarray(values, np.float64)), np.asarray(mask, bool)
     low, high = min(limits[0], values.min()), max(limits[1], values.max())

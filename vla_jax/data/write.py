@@ -41,9 +41,7 @@ def write(
     )
     info.set_file_format(file_format)
     os.makedirs(info.data_dir)
-    files = naming.ShardedFileTemplate(
-        dataset_name=name, data_dir=info.data_dir, split="train", filetype_suffix=file_format.file_suffix
-    )
+    files = naming.ShardedFileTemplate(dataset_name=name, data_dir=info.data_dir, split="train", filetype_suffix=file_format.file_suffix)
     out = writer.Writer(
         serializer=example_serializer.ExampleSerializer(features.get_serialized_info()),
         filename_template=files,

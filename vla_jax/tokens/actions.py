@@ -180,21 +180,23 @@ def _merge(ids: list[int], ranks: dict[tuple[int, int], int]) -> list[int]:
 
 def _merge_rows(ids: np.ndarray, table: np.ndarray) -> list[np.ndarray]:
     """`_merge` of each row of ids i64[n l] at once: in every round each row merges its own earliest learned pair, everywhere."""
-    n, end = len(ids), len(table) - 1
-    seq = np.concatenate([ids, np.full((n, 1), end)], axis=1).reshape(-1)
-    row = np.repeat(np.arange(n), ids.shape[1] + 1)
+    n, wide = len(ids), len(table)
+    table, end = table.reshape(-1), wide - 1
+    seq = np.concatenate([ids, np.full((n, 1), end)], axis=1).reshape(-1).astype(np.int32)
+    start, row = np.arange(n) * (ids.shape[1] + 1), np.repeat(np.arange(n, dtype=np.int32), ids.shape[1] + 1)
     while True:
-        rank = np.append(table[seq[:-1], seq[1:]], _NEVER)
-        best = np.minimum.reduceat(rank, np.searchsorted(row, np.arange(n)))
-        hit = np.flatnonzero((rank == best[row]) & (rank != _NEVER))
+        rank = table.take(seq[:-1] * wide + seq[1:])
+        best = np.minimum.reduceat(rank, np.minimum(start, len(rank) - 1))  # the last row may be its end alone
+        hit = np.flatnonzero(rank == np.where(best == _NEVER, -1, best).take(row[:-1]))
         if not hit.size:
             break
         hit = hit[_every_other(hit)]
         seq[hit] = rank[hit]
         keep = np.ones(len(seq), bool)
         keep[hit + 1] = False
+        start -= np.searchsorted(hit, start)
         seq, row = seq[keep], row[keep]
-    return [part[:-1].astype(np.int32) for part in np.split(seq, np.flatnonzero(seq == end)[:-1] + 1)]
+    return [part[:-1] for part in np.split(seq, start[1:])]
 
 
 def _every_other(hit: np.ndarray) -> np.ndarray:

@@ -11,19 +11,20 @@ from vla_jax.tokens.actions import FastTokenizer
 from vla_jax.tokens.text import TextTokenizer
 from vla_jax.types import IMAGE, STATE
 
+_COUNT = np.arange(1, 4097, dtype=np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One sample's tokens i32[n], block i32[n] (0 = prefix, then 1, 2, ..), target i32[n], loss_weight f32[n].
+    """One sample's tokens i32[n], of which the first `prefix` are given and the others are to be predicted.
 
-    `target[i]` is the id that follows position i; the last prefix position predicts the first action token. The weights
-    of a sample sum to one, so that a robot with long chunks does not outweigh one with short ones (as in openpi).
+    From these follow block i32[n] (0 = prefix, then 1, 2, ..), target i32[n] and loss_weight f32[n]: `target[i]` is the id that
+    follows position i, and the last prefix position predicts the first action token. The weights of a sample sum to one, so that
+    a robot with long chunks does not outweigh one with short ones (as in openpi).
     """
 
     tokens: np.ndarray
-    block: np.ndarray
-    target: np.ndarray
-    loss_weight: np.ndarray
+    prefix: int
 
     @property
     def length(self) -> int:
@@ -31,7 +32,26 @@ class Sequence:
 
     @property
     def targets(self) -> int:
-        return int((self.loss_weight > 0).sum())
+        """Positions with a loss."""
+        return len(self.tokens) - self.prefix
+
+    def fill(self, block: np.ndarray, target: np.ndarray, loss_weight: np.ndarray) -> None:
+        """Writes them into arrays [n] of zeros."""
+        first, n = self.prefix, self.targets
+        block[first:] = _COUNT[:n] if n <= len(_COUNT) else np.arange(1, n + 1)
+        target[first - 1 : -1] = self.tokens[first:]
+        loss_weight[first - 1 : -1] = 1 / n
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(block, target, loss_weight)."""
+        out = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32), np.zeros(self.length, np.float32)
+        self.fill(*out)
+        return out
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _task(instruction: str) -> str:
+    return " ".join(instruction.strip().lower().replace("_", " ").split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +74,7 @@ class Layout:
         return self.text.vocab_size + self.action.vocab_size
 
     def prompt(self, robot: str, instruction: str) -> str:
-        task = " ".join(instruction.strip().lower().replace("_", " ").split())
-        return f"{robot}: {task}\n"
+        return f"{robot}: {_task(instruction)}\n"
 
     def prefix(self, *, images: int, prompt: str) -> np.ndarray:
         """i32[n] of the part that is given when acting; not to be changed, it is kept."""
@@ -74,13 +93,10 @@ class Layout:
         """action_tokens: i32[t], a chunk as `action.encode` gives it."""
         prefix = self.prefix(images=images, prompt=prompt)
         first, n = len(prefix), len(prefix) + len(action_tokens) + 1
-        tokens, block, target = np.empty(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
-        weight = np.zeros(n, np.float32)
-        tokens[:first], tokens[first : n - 1], tokens[n - 1] = prefix, action_tokens, self.text.eos
-        tokens[first : n - 1] += self.action_offset
-        block[first:] = np.arange(1, n - first + 1)
-        target[first - 1 : n - 1], weight[first - 1 : n - 1] = tokens[first:], 1 / (n - first)
-        return Sequence(tokens, block, target, weight)
+        tokens = np.empty(n, np.int32)
+        tokens[:first], tokens[n - 1] = prefix, self.text.eos
+        np.add(action_tokens, self.action_offset, out=tokens[first : n - 1], casting="same_kind")
+        return Sequence(tokens, first)
 
     def action_ids(self, ids: np.ndarray) -> np.ndarray:
         """Generated ids i32[t] -> the action tokens before the first EOS, for `FastTokenizer.decode`."""

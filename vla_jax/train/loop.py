@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -91,6 +92,7 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
     stream = Stream(run.source, process=distributed.process_index(), processes=distributed.process_count(), state=mine)
     ahead = feed.Feed(stream, run.mesh)
     with jax.set_mesh(run.mesh), stream, ahead, metrics.Writer(run.workdir, first=first, last=t.steps, quiet=quiet) as writer:
+        writer.log(first, {"data": _used(run.source)})
         since, waited, at = time.perf_counter(), 0.0, first
         for now in range(first + 1, t.steps + 1):
             before = time.perf_counter()
@@ -108,7 +110,7 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
                     "data_wait_share": waited / elapsed,
                     "slots_used": values["tokens"] / (config.pack.rows * config.pack.length),
                 }
-                values |= {"skipped": {f"{d}/{why}": n for (d, why), n in sorted(stream.skipped.items())}}
+                values |= {"skipped": _skipped(stream)}
                 writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}")
                 since, waited, at = time.perf_counter(), 0.0, now
             if held_out and (now == t.steps or (t.eval_every and now % t.eval_every == 0)):
@@ -118,6 +120,20 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
                 checkpoints.save(now, current, _meta(run, feed.gather_states(after)))
     checkpoints.close()
     return current
+
+
+def _used(source: Source) -> dict:
+    """What the indexes hold of each dataset, and what they left out and why (episodes by cause)."""
+    kept = lambda ix: {"episodes": ix.episodes, "frames": ix.frames, "skipped": ix.skipped, "filtered": ix.filtered}
+    return {ix.card.name: kept(ix) for ix in source.indexes}
+
+
+def _skipped(stream: Stream) -> dict[str, int]:
+    """Samples passed over since the run was started or resumed, on all hosts, by `dataset/cause`."""
+    total: Counter = Counter()
+    for counts in distributed.gather_json({f"{d}/{why}": n for (d, why), n in dict(stream.skipped).items()}):
+        total.update(counts)
+    return dict(sorted(total.items()))
 
 
 def _readable(measured: dict, names: tuple[str, ...]) -> dict:
