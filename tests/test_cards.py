@@ -1,11 +1,13 @@
 import copy
+import json
 
 import numpy as np
+import odd_rlds
 import pytest
 import yaml
 
 from vla_jax import paths
-from vla_jax.data import cards, mixture, stats
+from vla_jax.data import cards, draft, mixture, rlds, stats
 from vla_jax.types import Dim, UserError
 
 RAW = yaml.safe_load((paths.assets("data") / "cards" / "bridge_dataset.yaml").read_text())
@@ -71,3 +73,42 @@ def test_normalizer_round_trip_constant_and_binary():
     np.testing.assert_allclose(n.denormalize(y)[inside], x[inside], atol=1e-5)
     q01, q99 = np.quantile(x[:, 0].astype(np.float64), [0.01, 0.99])
     np.testing.assert_allclose(n.denormalize(np.array([[-1, 0, -1], [1, 0, 1]]))[:, 0], [q01, q99], rtol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["bridge", "odd"])
+def test_a_draft_lacks_only_what_a_person_must_say(which, real_data, tmp_path):
+    if which == "odd":
+        odd_rlds.record(tmp_path)
+    name, version, root = {"bridge": ("bridge_dataset", "1.0.0", real_data), "odd": (odd_rlds.NAME, odd_rlds.VERSION, tmp_path)}[which]
+    place = rlds.dataset_dir(root, name, version)
+    text = draft.draft(place, name, version)
+    raw = yaml.safe_load(text)
+    with pytest.raises(UserError, match=r"control_hz is '\?'"):
+        cards.from_dict(raw, where="draft.yaml")
+    raw["control_hz"] = 5
+    with pytest.raises(UserError, match=r"gripper is \{'state': '\?', 'action': '\?'\}"):
+        cards.from_dict(raw, where="draft.yaml")
+    raw["gripper"] = {"state": "open_high", "action": "open_high"}
+    with pytest.raises(UserError, match=r"state.dims\[0\].unit is '\?'"):
+        cards.from_dict(raw, where="draft.yaml")
+    for dim in raw["state"]["dims"] + raw["action"]["dims"]:
+        dim.update(unit="1", frame="base", kind="absolute")
+    card = cards.from_dict(raw, where="draft.yaml")
+    cards.check(card, place)
+    if which == "bridge":
+        ours = cards.load(name)
+        assert card.views["base"] == ours.views["base"] and card.language == ours.language
+        assert (len(card.state.dims), len(card.action.dims)) == (7, 7)
+    else:
+        assert set(card.views.values()) | {"observation/raw_zlib"} == set(odd_rlds.card().views.values())
+        assert card.language == ("language",) and "observation/raw_zlib" in text.splitlines()[1]
+
+
+def test_no_draft_without_actions(tmp_path):
+    place = tmp_path / "d" / "1.0.0"
+    place.mkdir(parents=True)
+    steps = {"sequence": {"feature": {"featuresDict": {"features": {"reward": {"tensor": {"dtype": "float32"}}}}}}}
+    (place / "features.json").write_text(json.dumps({"featuresDict": {"features": {"steps": steps}}}))
+    (place / "dataset_info.json").write_text(json.dumps({"name": "d", "splits": []}))
+    with pytest.raises(UserError, match="has no field called action \\(it has: reward\\)"):
+        draft.draft(rlds.dataset_dir(tmp_path, "d", "1.0.0"), "d", "1.0.0")

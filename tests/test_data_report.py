@@ -134,8 +134,6 @@ def test_shares_of_a_mixture_by_size(indexes, tmp_path):
     want = np.array([9 * surveys[0].train_frames, surveys[1].train_frames, surveys[2].train_frames], float)
     assert np.allclose([s.share for s in surveys], want / want.sum(), atol=1 / BLOCK)
     assert any("its share of the samples" in w for w in survey.warnings(surveys[0]))
-    never = dataclasses.replace(surveys[0], share=0.0)
-    assert any("never drawn" in w for w in survey.warnings(never)) and "never" in report._weights(mix, [never])
 
 
 def test_real_sample(real_data, tmp_path):

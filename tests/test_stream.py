@@ -32,7 +32,7 @@ def test_placement_respects_every_limit(sizes, rows):
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4), st.just(0)), min_size=1, max_size=9))
 def test_a_row_is_as_full_as_it_can_be(sizes):
     """Against trying every subset with the oldest item in it."""
-    (row,) = pack.place(sizes, 1, (60, 4, 0), 9)
+    row = pack._fullest(sizes, list(range(len(sizes))), (60, 4, 0), 9)
     subsets = ((0, *rest) for n in range(len(sizes)) for rest in itertools.combinations(range(1, len(sizes)), n))
     sums = (tuple(sum(sizes[i][k] for i in subset) for k in (0, 1)) for subset in subsets)
     assert sum(sizes[i][0] for i in row) == max(tokens for tokens, images in sums if tokens <= 60 and images <= 4)

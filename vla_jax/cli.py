@@ -140,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="cards, indexes, statistics").add_subparsers(dest="action", required=True, metavar="ACTION")
     command("list", _data_list, "cards and mixtures that there are", parent=data)
+    p = command("draft", _data_draft, "a first draft of a dataset's card, from what it says of itself", parent=data)
+    p.add_argument("dataset", metavar="NAME/VERSION")
+    p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
     for name, run, text in (
         ("check", _data_check, "hold a card against a dataset's features.json"),
         ("index", _data_index, "index the datasets of a card or mixture in place"),
@@ -252,6 +255,16 @@ def _data_list(args) -> int:
     for path in sorted((paths.assets("data") / "mixtures").glob("*.yaml")):
         mix = mixture.load(path.stem)
         print(f"mixture  {path.stem:24} {', '.join(f'{c.name} {w:g}' for c, w in zip(mix.cards, mix.weights))}")
+    return 0
+
+
+def _data_draft(args) -> int:
+    from vla_jax.data import draft, rlds
+
+    name, _, version = args.dataset.partition("/")
+    if not name or not version or "/" in version:
+        raise UserError(f"{args.dataset!r} must be NAME/VERSION, the dataset's folders below --root, as in bridge_dataset/1.0.0")
+    print(draft.draft(rlds.dataset_dir(args.root, name, version), name, version), end="")
     return 0
 
 

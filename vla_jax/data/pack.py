@@ -13,8 +13,9 @@ from vla_jax.data.augment import Change
 from vla_jax.data.sample import Picture
 from vla_jax.types import PAD, Batch
 
-_CHOICE = 64  # waiting items that a row is filled from
+_CHOICE = 16  # waiting items that a row is filled from
 _TRIES = 8
+_FULL = 0.98  # of a row's tokens: no better choice is looked for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,63 +33,76 @@ class Item:
     action_mask: np.ndarray
     change: Change | None = None
 
+    @functools.cached_property
+    def size(self) -> tuple[int, int, int]:
+        """(tokens, images, targets): what it takes of a row."""
+        return self.sequence.length, len(self.pictures), self.sequence.targets
+
 
 def place(sizes: Sequence[tuple[int, int, int]], rows: int, limits: tuple[int, int, int], samples: int) -> list[list[int]]:
-    """Fills row after row as full as the waiting items allow: the oldest goes first, so that none starves, and to it those of the
-    next _CHOICE whose tokens add up to the most that still fits.
-
-    That is a subset sum, exact and cheap on the bits of one integer: bit `tokens * stride + images` says that some items add up
-    to these. Should a full row have more samples or targets than a row may, the next fuller one is tried, a few times.
+    """Which waiting items make up each row. The oldest always goes first, so that none starves; with it those that come next, if
+    they fill the row; else those of the next _CHOICE that fill it most.
 
     sizes: (tokens, images, targets) of each waiting item, oldest first, none larger than limits, which are those of a row.
     Returns for each row the items in it, in the order they were given.
     """
-    length, images, targets = limits
-    stride, fits = 2 * images + 1, _fits(length, images)
     waiting, out = list(range(len(sizes))), []
     for _ in range(rows):
-        if not waiting:
-            out.append([])
-            continue
-        first, others = waiting[0], waiting[1 : 1 + _CHOICE]
-        bit = lambda i: sizes[i][0] * stride + sizes[i][1]
-        reach = [1 << bit(first)]  # [k]: the sums of `first` and any of the k oldest others
-        for i in others:
-            reach.append(reach[-1] | reach[-1] << bit(i) & fits)
-        row, sums = [first], reach[-1]
-        for _ in range(_TRIES):
-            full = sums.bit_length() - 1
-            found = [first, *_parts(full, reach, others, bit)]
-            if len(found) <= samples and sum(sizes[i][2] for i in found) <= targets:
-                row = found
-                break
-            sums &= ~(1 << full)
-        else:  # targets or samples are what is scarce: whoever comes first
-            left = [x - y for x, y in zip(limits, sizes[first])]
-            for i in others:
-                if len(row) < samples and all(x <= y for x, y in zip(sizes[i], left)):
-                    row.append(i)
-                    left = [y - x for x, y in zip(sizes[i], left)]
-        row.sort()
+        row = _oldest(sizes, waiting, limits, samples)
+        if sum(sizes[i][0] for i in row) < _FULL * limits[0]:
+            row = _fullest(sizes, waiting[: 1 + _CHOICE], limits, samples) or row
         out.append(row)
-        waiting = sorted(set(waiting) - set(row))
+        chosen = set(row)
+        waiting = [i for i in waiting if i not in chosen]
     return out
 
 
-def _parts(total: int, reach: list[int], others: list[int], bit) -> list[int]:
-    """Which of `others` add up to `total`: the older ones, where there is a choice."""
-    out = []
-    for k in range(len(others), 0, -1):
-        if not reach[k - 1] >> total & 1:  # not without this one
-            out.append(others[k - 1])
-            total -= bit(others[k - 1])
-    return out
+def _oldest(sizes, waiting: list[int], limits: tuple[int, int, int], samples: int) -> list[int]:
+    """Whoever comes first and still fits."""
+    row, (t, m, p) = [], limits
+    for i in waiting:
+        tokens, images, targets = sizes[i]
+        if tokens <= t and images <= m and targets <= p and len(row) < samples:
+            row.append(i)
+            t, m, p = t - tokens, m - images, p - targets
+    return row
+
+
+def _fullest(sizes, waiting: list[int], limits: tuple[int, int, int], samples: int) -> list[int]:
+    """The first and those others whose tokens add up to the most that fits: a subset sum, exact and cheap on the bits of one
+    integer, where bit `tokens * stride + images` says that some items add up to these. Should they have more targets or be more
+    samples than a row may have, the next fuller row is tried, a few times; [] when none was found.
+    """
+    if not waiting:
+        return []
+    length, images, targets = limits
+    first, *others = waiting
+    stride = images + 1 + max(sizes[i][1] for i in waiting)
+    fits, bit = _fits(length, images, stride), [sizes[i][0] * stride + sizes[i][1] for i in others]
+    reach = [1 << sizes[first][0] * stride + sizes[first][1]]  # [k]: the sums of `first` and any of the k oldest others
+    for by in bit:
+        reach.append(reach[-1] | reach[-1] << by & fits)
+        if reach[-1] >> length * stride:  # full to the last slot
+            break
+    sums = reach[-1]
+    for _ in range(_TRIES):
+        if not sums:
+            break
+        left = full = sums.bit_length() - 1
+        row = [first]
+        for k in range(len(reach) - 1, 0, -1):
+            if not reach[k - 1] >> left & 1:  # not without this one: of equal sums the one with older items
+                row.append(others[k - 1])
+                left -= bit[k - 1]
+        if len(row) <= samples and sum(sizes[i][2] for i in row) <= targets:
+            return sorted(row)
+        sums ^= 1 << full
+    return []
 
 
 @functools.lru_cache(maxsize=8)
-def _fits(length: int, images: int) -> int:
-    """The bits of all sums that a row may hold. A sum of too many images lands between those of `stride`, and is cut here."""
-    stride = 2 * images + 1
+def _fits(length: int, images: int, stride: int) -> int:
+    """The bits of all sums that a row may hold. One picture too many sets a bit between those of two numbers of tokens, which is cut here."""
     return sum(((1 << images + 1) - 1) << tokens * stride for tokens in range(length + 1))
 
 

@@ -140,7 +140,7 @@ def _weights(mix: Mixture, surveys: list[Survey]) -> str:
             f"{s.hours:.2f}",
             _n(s.epochs),
         ]
-        row += [f"{s.train_frames / s.share:,.0f}" if s.share else "never", f"{s.labelled / s.ix.frames:.1%}"]
+        row += [f"{s.train_frames / s.share:,.0f}", f"{s.labelled / s.ix.frames:.1%}"]
         rows.append([*row, survey.causes(s.ix.skipped) or "none", survey.causes(s.ix.filtered) or "none", lost])
     table = _table(head, rows, range(1, 10), "names")
     how = "times the dataset's number of frames, " if mix.weight == "times_size" else ""

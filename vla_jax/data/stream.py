@@ -163,18 +163,18 @@ class Stream:
     def _pack_group(self, group: int, state: np.ndarray):
         p = self.source.config.pack
         draw, items = int(state[0]), self._take([int(n) for n in state[1:] if n >= 0])
-        enough, have = _OVERSUPPLY * p.group * p.length, sum(i.sequence.length for i in items)
+        limits = p.length, p.images, p.targets
+        enough, have = _OVERSUPPLY * p.group * p.length, sum(i.size[0] for i in items)
         while have < enough and len(items) < len(state) - 1:
             (item,) = self._take([group + draw * self.groups], ahead=draw)
             self._reached[group] = draw = draw + 1
-            if item.sequence.length > p.length or item.sequence.targets > p.targets or len(item.pictures) > p.images:
+            if any(size > limit for size, limit in zip(item.size, limits)):
                 self.drawn[self.source.names[item.dataset]] += 1
                 self.skipped[self.source.names[item.dataset], "too long for a row"] += 1
                 continue
-            have += item.sequence.length
+            have += item.size[0]
             items.append(item)
-        sizes = [(i.sequence.length, len(i.pictures), i.sequence.targets) for i in items]
-        rows = pack.place(sizes, p.group, (p.length, p.images, p.targets), p.samples)
+        rows = pack.place([item.size for item in items], p.group, limits, p.samples)
         placed = {i for row in rows for i in row}
         left = [item for i, item in enumerate(items) if i not in placed]
         self._prepared |= {item.sample_id: item for item in left}

@@ -230,9 +230,7 @@ def warnings(s: Survey) -> list[str]:
         out.append(f"{bare} of {ix.frames} frames ({bare / ix.frames:.1%}) have no instruction.")
     if s.long_texts:
         out.append(f"{len(s.long_texts)} of {s.distinct} instructions have more than 100 words (the longest {s.long_texts[0]}).")
-    if not s.share:
-        out.append(f"it is never drawn: its weight of {s.weight:g} is less than one sample in {BLOCK}.")
-    elif s.share > 3 * s.frame_share or s.share < s.frame_share / 3:
+    if s.share > 3 * s.frame_share or s.share < s.frame_share / 3:
         out.append(
             f"its share of the samples is {s.share:.2%} and its share of the frames {s.frame_share:.2%}, a factor of {s.share / s.frame_share:.2g}."
         )
