@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 
 import numpy as np
 import odd_rlds
@@ -33,6 +34,18 @@ def test_every_mixture_loads(path):
         (lambda r: r["action"]["dims"][0].update(unit="inch"), "action.dims[0].unit is 'inch'; allowed: m, rad"),
         (lambda r: r["action"]["ops"].append({"multiply": 2}), "an op is one of: pick"),
         (lambda r: r["action"]["ops"].append({"scale": {"dims": [0]}}), "scale needs exactly ['by', 'dims']"),
+        (lambda r: r["action"]["ops"].append({"scale": {"dims": [0], "by": float("nan")}}), "scale needs a number for by"),
+        (lambda r: r["action"]["ops"].append({"clip": {"dims": [0], "low": 1, "high": 0}}), "clip needs low below high"),
+        (lambda r: r["action"]["ops"].append({"slice": [3, 1]}), "start below stop"),
+        (lambda r: r["action"]["ops"].append({"rotate": {"at": 0, "from": ["x"], "to": "rot6d"}}), "rotate needs from out of"),
+        (lambda r: r["action"]["ops"].append({"pose_delta": {"at": 0, "format": {}}}), "pose_delta needs format out of"),
+        (lambda r: r["action"]["ops"].append({"absolute": {"dims": [0], "from": ["x"], "at": [0]}}), "absolute needs a key `from`"),
+        (lambda r: r["action"]["dims"][0].update(name=None), "action.dims[0].name is None"),
+        (lambda r: r.update(robot=None), "robot is None; it must be text"),
+        (lambda r: r.update(splits=["train", "train"]), "name each split to train on once"),
+        (lambda r: r.update(language=[""]), "language holds ''"),
+        (lambda r: r.update(filters=[{"moves": float("inf")}]), "moves needs a positive number"),
+        (lambda r: r.update(first_step="skip"), "first_step is 'skip'; allowed: keep, drop_if_idle"),
     ],
 )
 def test_faults_are_named(change, message):
@@ -112,3 +125,88 @@ def test_no_draft_without_actions(tmp_path):
     (place / "dataset_info.json").write_text(json.dumps({"name": "d", "splits": []}))
     with pytest.raises(UserError, match="has no field called action \\(it has: reward\\)"):
         draft.draft(rlds.dataset_dir(tmp_path, "d", "1.0.0"), "d", "1.0.0")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"language": ["episode:meta/path"]}, "'episode:meta/path' is the episode's; only filters read those"),
+        ({"filters": [{"is_true": "language"}]}, "filter is_true: key 'language' is text"),
+        (
+            {"filters": [{"matches": {"key": "episode:success", "pattern": "x"}}]},
+            "filter matches: key 'episode:success' is tensor bool, not text",
+        ),
+        ({"splits": ["val"]}, "has no split 'val'; it has train"),
+    ],
+)
+def test_what_does_not_fit_is_seen_before_the_scan(change, said, odd_place):
+    with pytest.raises(UserError) as e:
+        cards.check(odd_rlds.card(**change), odd_place)
+    assert said in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def odd_place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("odd")
+    odd_rlds.record(root)
+    return rlds.dataset_dir(root, odd_rlds.NAME, odd_rlds.VERSION)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("features.json", lambda t: t.replace('"float32"', '"float99"'), "is stored in a way that is not read"),
+        ("features.json", lambda t: '{"a":' * 100_000 + "1" + "}" * 100_000, "cannot be read as JSON"),
+        ("features.json", lambda t: t.replace('"12"', '"1000000000000"'), "numbers"),
+        (
+            "dataset_info.json",
+            lambda t: re.sub(r'"shardLengths": \[[^]]*\]', '"shardLengths": ["-5"]', t),
+            "not a list of numbers of episodes",
+        ),
+        ("dataset_info.json", lambda t: re.sub(r'"shardLengths": \[[^]]*\]', '"shardLengths": 3', t), "not a list of numbers of episodes"),
+        ("dataset_info.json", lambda t: re.sub(r'"splits": \[.*\]', '"splits": null', t, flags=re.S), "has no split 'train'"),
+        (
+            "dataset_info.json",
+            lambda t: re.sub(r'"filepathTemplate": "[^"]*"', '"filepathTemplate": 3', t),
+            "filepathTemplate of split 'train' is 3",
+        ),
+    ],
+)
+def test_odd_descriptions_are_refused(file, change, said, odd_place, tmp_path):
+    place = tmp_path / odd_rlds.NAME / odd_rlds.VERSION
+    place.mkdir(parents=True)
+    for name in ("features.json", "dataset_info.json"):
+        text = (odd_place.path / name).read_text()
+        changed = change(text) if name == file else text
+        assert (changed == text) == (name != file)
+        (place / name).write_text(changed)
+    with pytest.raises(UserError) as e:
+        cards.check(odd_rlds.card(), rlds.dataset_dir(tmp_path, odd_rlds.NAME, odd_rlds.VERSION))
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("datasets: {bridge_dataset: 1, bridge_dataset: 2}", "'bridge_dataset' stands there twice"),
+        ("datasets: {1: 1.0}", "dataset 1 is no name"),
+        ("datasets: {bridge_dataset: " + "9" * 400 + "}", "it must be a positive number below 1e+12"),
+        ("datasets: {bridge_dataset: 1, data/cards/bridge_dataset.yaml: 1}", "bridge_dataset stands there more than once"),
+    ],
+)
+def test_slips_in_a_mixture(text, said, tmp_path):
+    (tmp_path / "m.yaml").write_text("name: m\nsource: none\nweight: per_dataset\n" + text)
+    with pytest.raises(UserError) as e:
+        mixture.load(str(tmp_path / "m.yaml"))
+    assert said in str(e.value)
+
+
+def test_a_card_by_path_is_a_mixture_of_one():
+    path = paths.assets("data") / "cards" / "bridge_dataset.yaml"
+    assert mixture.load(str(path)) == mixture.load("bridge_dataset")
+
+
+def test_a_mixture_that_is_no_text(tmp_path):
+    (tmp_path / "m.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        mixture.load(str(tmp_path / "m.yaml"))

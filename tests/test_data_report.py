@@ -12,7 +12,7 @@ import pytest
 
 from vla_jax import config
 from vla_jax.cli import main
-from vla_jax.data import cards, index, mixture, report, survey, svg
+from vla_jax.data import build, cards, images, mixture, report, sample, survey, svg
 from vla_jax.data.mixture import BLOCK
 
 NAMES = ["tabletop_slider", "tabletop_arm", "tabletop_bimanual"]
@@ -67,7 +67,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def indexes(tabletop, tmp_path_factory):
     where = str(tmp_path_factory.mktemp("ix"))
-    return [index.ensure(card, str(tabletop), where) for card in mixture.load("tabletop").cards]
+    return [build.ensure(card, str(tabletop), where) for card in mixture.load("tabletop").cards]
 
 
 def made(tmp_path, mix, indexes, holdout=0.1):
@@ -137,7 +137,7 @@ def test_shares_of_a_mixture_by_size(indexes, tmp_path):
 
 
 def test_real_sample(real_data, tmp_path):
-    ix = index.ensure(cards.load("bridge_dataset"), str(real_data), str(tmp_path / "ix"))
+    ix = build.ensure(cards.load("bridge_dataset"), str(real_data), str(tmp_path / "ix"))
     page, found, text = made(tmp_path, alone(ix), [ix])
     assert page.strips["bridge_dataset"] == ["base", "side", "side_2", "wrist"] * 3
     assert text.count("data:image/jpeg;base64,") == 3 * 4 * 8 and "64 x 64, JPEG" in page.text
@@ -317,3 +317,33 @@ def test_in_a_browser(indexes, tmp_path):
     for name in ("-weights", "-warnings", *NAMES):
         assert f'id="{name}"' in dom
     assert dom.count("<figure") == sum(24 * len(ix.views) for ix in indexes)
+
+
+def test_what_is_drawn_is_what_was_recorded(indexes, tmp_path, monkeypatch):
+    """The arguments of every drawing: pictures of different frames, the chunk of the marked one, quantiles, lengths of tokens."""
+    drawn = {"picture": [], "line": [], "histogram": []}
+    for name in drawn:
+        real = getattr(svg, name)
+        monkeypatch.setattr(svg, name, lambda *a, _real=real, _to=drawn[name], **k: _to.append((a, k)) or _real(*a, **k))
+    ix = indexes[1]
+    page, (found,), _ = made(tmp_path, alone(ix), [ix])
+    steps = sample.chunk_steps(ix.card.control_hz, 1.0, 50)
+    pictures = [(a[0], k["label"]) for a, k in drawn["picture"]]
+    assert len({label for _, label in pictures}) == len(pictures) > 6
+    for image, label in pictures:
+        view, _, frame = label.partition(", frame ")
+        assert np.array_equal(image, images.decode(sample.fetch(ix, sample.picture(ix, int(frame), view))))
+    frames = [int(label.partition(", frame ")[2]) for _, label in pictures]
+    dims, chunks = len(ix.card.action.dims), drawn["line"]
+    for at in range(0, len(chunks), dims):
+        seen = [np.stack([a[0] for a, _ in chunks[at : at + dims]], axis=1), chunks[at][0][1]]
+        begin = [f for f in set(frames) if all(map(np.array_equal, sample.actions(ix, f, steps), seen))]
+        assert begin and not set(begin) & set(ix.episode_start.tolist()), "the chunk plotted is not that of a picture inside the episode"
+    kept = np.repeat(~ix.held_out(0.1), np.diff(ix.episode_start))
+    for i, dim in enumerate(ix.card.action.dims):
+        (marks,) = [
+            k["marks"] for a, k in drawn["histogram"] if k["label"] == dim.name and k.get("marks") and a[1] <= ix.action[kept, i].max()
+        ][:1]
+        want = np.quantile(ix.action[kept, i], [0.01, 0.99])
+        assert np.allclose(marks, want, atol=0.02 * max(np.ptp(ix.action[kept, i]), 1e-6))
+    assert len(page.ids) > 3 and found is not None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_jax.data import index, rlds, scan, stats
+from vla_jax.data import build, index, rlds, scan, stats
 from vla_jax.data.store import Store
 from vla_jax.types import UserError
 
-ARRAYS = {**index._FRAME, **index._EPISODE, **index._LANGUAGE}
+ARRAYS = {**index.FRAME, **index.EPISODE, **index.LANGUAGE}
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +35,16 @@ def same(a, b):
 
 def test_processes_and_hosts_make_the_same_index(many, tmp_path):
     card = odd_rlds.card()
-    one = index.ensure(card, str(many), str(tmp_path / "one"), workers=1)
-    same(one, index.ensure(card, str(many), str(tmp_path / "three"), workers=3))
+    one = build.ensure(card, str(many), str(tmp_path / "one"), workers=1)
+    same(one, build.ensure(card, str(many), str(tmp_path / "three"), workers=3))
     place = rlds.dataset_dir(many, card.name, card.version)
     path = index.location(card, place, str(tmp_path / "hosts"))
     for host in range(3):
-        index.scan_shards(card, place, path, share=(host, 3))
-        assert len(list(index._parts(path).glob("*.npz"))) == [3, 6, 8][host]
-    index.merge(card, place, path, holdout=0.1)
+        build.scan_shards(card, place, path, share=(host, 3))
+        assert len(list(build._parts(path).glob("*.npz"))) == [3, 6, 8][host]
+    build.merge(card, place, path, holdout=0.1)
     same(one, index.open_index(card, place, path))
-    assert not index._parts(path).exists()
+    assert not build._parts(path).exists()
 
 
 def test_a_scan_cut_short_goes_on_with_what_is_left(many, tmp_path, monkeypatch):
@@ -60,49 +61,108 @@ def test_a_scan_cut_short_goes_on_with_what_is_left(many, tmp_path, monkeypatch)
 
     monkeypatch.setattr(scan, "shard", failing)
     with pytest.raises(KeyboardInterrupt):
-        index.ensure(card, str(many), str(tmp_path))
-    assert len(list(index._parts(path).glob("*.npz"))) == 5 and not path.exists()
+        build.ensure(card, str(many), str(tmp_path))
+    assert len(list(build._parts(path).glob("*.npz"))) == 5 and not path.exists()
     monkeypatch.setattr(scan, "shard", lambda store, name, *rest: done.append(name) or real(store, name, *rest))
-    ix = index.ensure(card, str(many), str(tmp_path))
+    ix = build.ensure(card, str(many), str(tmp_path))
     assert sorted(done) == sorted(rlds.shards(place, "train")) and ix.episodes == 40
-    same(ix, index.ensure(card, str(many), str(tmp_path / "fresh")))
+    same(ix, build.ensure(card, str(many), str(tmp_path / "fresh")))
 
 
 def test_progress_counts_shards(many, tmp_path):
     seen = []
     for workers in (1, 2):
         show = lambda items, total: (seen.append((total, i)) or i for i in items)
-        index.ensure(odd_rlds.card(), str(many), str(tmp_path / str(workers)), workers=workers, progress=show)
+        build.ensure(odd_rlds.card(), str(many), str(tmp_path / str(workers)), workers=workers, progress=show)
     assert len(seen) == 16 and {total for total, _ in seen} == {8}
 
 
 def test_no_worker_outlives_a_killed_parent(tmp_path):
-    """The parent scans a shard that never ends (a pipe that nobody writes to), and is killed with SIGKILL."""
-    folder = tmp_path / odd_rlds.NAME / odd_rlds.VERSION
-    odd_rlds.record(tmp_path, [odd_rlds.episode(0) for _ in range(4)], shards=2)
-    for name in rlds.shards(folder, "train"):
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
+    """Shards that take minutes (a store that sleeps before each read), and a parent killed with SIGKILL at once, when its workers
+    have not even begun to ask the kernel for the same end, and later."""
+    odd_rlds.record(tmp_path, [odd_rlds.episode(0) for _ in range(64)], shards=64)
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "import odd_rlds\nfrom vla_jax.data import index\n"
-        "from vla_jax.data.store import Store\n"
-        "index.ensure(odd_rlds.card(), sys.argv[1], sys.argv[1] + '/ix', workers=2)"
+        "import odd_rlds\nfrom vla_jax.data import build\n"
+        "build.ensure(odd_rlds.card(), sys.argv[1], sys.argv[1] + '/ix' + sys.argv[3], workers=2)"
+    )
+    slow = "import time\nfrom vla_jax.data import store\nright = store.Store.read\nstore.Store.read = lambda *a, **k: time.sleep(0.5) or right(*a, **k)\n"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif 'SLOW_READS' in os.environ and __import__('sys').orig_argv[1:3] == ['-m', 'vla_jax.data.scan']:\n    "
+        + slow.replace("\n", "\n    ")
     )
     here = os.path.dirname(__file__)
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), here], cwd=os.path.dirname(here))
-    workers = lambda: [
-        int(p)
-        for p in os.listdir("/proc")
-        if p.isdigit() and f"{tmp_path}/ix".encode() in _read(f"/proc/{p}/cmdline") and int(p) != parent.pid
-    ]
+    path = os.pathsep.join([str(tmp_path), os.path.dirname(here)])
+    environment = os.environ | {"SLOW_READS": "1", "PYTHONPATH": path}
+    for number, wait in enumerate((0.0, 2.5)):
+        _kill_while_scanning([sys.executable, "-c", code, str(tmp_path), here, str(number)], environment, f"{tmp_path}/ix{number}/", wait)
+
+
+def _kill_while_scanning(argv, environment, place, wait):
+    workers = lambda: [int(p) for p in os.listdir("/proc") if p.isdigit() and place.encode() in _read(f"/proc/{p}/cmdline")]
+    parent = subprocess.Popen(argv, cwd=os.path.dirname(os.path.dirname(__file__)), env=environment)
     try:
         _until(lambda: len(workers()) == 2, 60)
+        time.sleep(wait)
+        assert len(workers()) == 2  # they would go on for half a minute
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        _until(lambda: not workers(), 10)
+        _until(lambda: not workers(), 5)
     finally:
         parent.kill()
+
+
+def test_programs_that_index_at_once(many, tmp_path):
+    """Whoever is first makes the index, and all open it."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import odd_rlds\nfrom vla_jax.data import build\n"
+        "print(build.ensure(odd_rlds.card(), sys.argv[1], sys.argv[3], workers=2).digest)"
+    )
+    argv = [sys.executable, "-c", code, str(many), os.path.dirname(__file__), str(tmp_path)]
+    running = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    assert len({out for out, _ in said}) == 1 and [p.name[:9] for p in tmp_path.iterdir()] == ["odd_robot"]
+
+
+def test_a_shard_rewritten_at_its_size_is_refused(many, tmp_path):
+    shutil.copytree(many, tmp_path / "data")
+    ix = build.ensure(odd_rlds.card(), str(tmp_path / "data"), str(tmp_path / "ix"))
+    shard = ix.place.path / ix.shards[0]
+    data = shard.read_bytes()
+    shard.write_bytes(data[len(data) // 2 :] + data[: len(data) // 2])
+    with pytest.raises(UserError, match="has changed since it was indexed: at byte"):
+        build.ensure(odd_rlds.card(), str(tmp_path / "data"), str(tmp_path / "ix"))
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_more_episodes_than_announced_are_used_and_said(many, tmp_path, scheme):
+    shutil.copytree(many, tmp_path / "data")
+    info = tmp_path / "data" / odd_rlds.NAME / odd_rlds.VERSION / "dataset_info.json"
+    known = json.loads(info.read_text())
+    (split,) = known["splits"]
+    lengths = [int(n) for n in split["shardLengths"]]
+    split["shardLengths"] = [str(lengths[0] - 2), *map(str, lengths[1:])]
+    info.write_text(json.dumps(known))
+    ix = build.ensure(odd_rlds.card(), f"{scheme}{tmp_path / 'data'}", str(tmp_path / "ix"))
+    assert ix.episodes == 40 and ix.surplus == 2 and ix.skipped == {}
+
+
+def test_the_idle_first_step_is_dropped_where_the_card_says_so(tmp_path):
+    """Only where its action is zero but for the gripper; pictures, states and instructions move with it."""
+    still = odd_rlds.episode(3)
+    still["steps"][0]["action"]["move"] = np.zeros(3, np.float32)
+    odd_rlds.record(tmp_path, [still, odd_rlds.episode(4)], shards=1)
+    dims = [{"name": f"a{i}", "unit": "1", "frame": "base", "kind": "binary" if i == 3 else "delta"} for i in range(4)]
+    action = {**odd_rlds.CARD["action"], "dims": dims}
+    kept, dropped = (
+        build.ensure(odd_rlds.card(action=action, first_step=how), str(tmp_path), str(tmp_path / "ix")) for how in ("keep", "drop_if_idle")
+    )
+    assert np.diff(kept.episode_start).tolist() == [5, 6] and np.diff(dropped.episode_start).tolist() == [4, 6]
+    for name in ("action", "state", "image", "language"):
+        assert np.array_equal(getattr(dropped, name), np.delete(getattr(kept, name), 0, axis=0)) or name == "language"
+    assert [dropped.instructions(i) for i in range(10)] == [kept.instructions(i) for i in range(1, 11)]
 
 
 def _read(path):
@@ -124,7 +184,7 @@ def test_a_failing_worker_is_said(many, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # workers start with this module in front
     (tmp_path / "google_crc32c.py").write_text("raise ImportError('broken on purpose')")
     with pytest.raises(RuntimeError, match=r"a scanning process ended with \[1"):
-        index.ensure(odd_rlds.card(), str(many), str(tmp_path / "ix"), workers=2)
+        build.ensure(odd_rlds.card(), str(many), str(tmp_path / "ix"), workers=2)
 
 
 def test_another_card_or_place_is_another_index(many, tmp_path):
@@ -134,17 +194,17 @@ def test_another_card_or_place_is_another_index(many, tmp_path):
 
 
 def test_damaged_index_is_said(many, tmp_path):
-    ix = index.ensure(odd_rlds.card(), str(many), str(tmp_path))
+    ix = build.ensure(odd_rlds.card(), str(many), str(tmp_path))
     for name, text in (("action.npy", "x"), ("meta.json", "{}"), ("meta.json", "no")):
         kept = (ix.path / name).read_bytes()
         (ix.path / name).write_text(text)
         with pytest.raises(UserError, match="is damaged"):
-            index.ensure(odd_rlds.card(), str(many), str(tmp_path))
+            build.ensure(odd_rlds.card(), str(many), str(tmp_path))
         (ix.path / name).write_bytes(kept)
 
 
 def test_held_out_episodes(many, tmp_path):
-    ix = index.ensure(odd_rlds.card(), str(many), str(tmp_path))
+    ix = build.ensure(odd_rlds.card(), str(many), str(tmp_path))
     assert ix.held_out(0).sum() == 0 and ix.held_out(0.25).sum() == 10 and ix.held_out(0.001).sum() == 1
     assert (ix.held_out(0.5) & ix.held_out(0.25)).sum() == 10  # more is a superset
     alone = index.held_out("x", ("s",), np.zeros(1, np.int32), np.zeros(1, np.int64), 0.5)
@@ -155,7 +215,7 @@ def test_held_out_episodes(many, tmp_path):
 
 
 def test_statistics_come_with_the_scan_and_leave_out_held_out_episodes(many, tmp_path, monkeypatch):
-    ix = index.ensure(odd_rlds.card(), str(many), str(tmp_path), holdout=0.25)
+    ix = build.ensure(odd_rlds.card(), str(many), str(tmp_path), holdout=0.25)
     assert (ix.path / "stats-0.25.json").is_file()
     found = stats.compute(ix, 0.25)
     keep = np.repeat(~ix.held_out(0.25), np.diff(ix.episode_start))
@@ -180,7 +240,7 @@ def _close_to_quantiles(s, x):
 
 
 def test_stale_statistics_are_refused(many, tmp_path):
-    ix = index.ensure(odd_rlds.card(), str(many), str(tmp_path), holdout=0.25)
+    ix = build.ensure(odd_rlds.card(), str(many), str(tmp_path), holdout=0.25)
     file = ix.path / "stats-0.25.json"
     body = json.loads(file.read_text())
     for key in ("card", "index"):

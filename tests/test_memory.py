@@ -3,7 +3,7 @@
 import numpy as np
 import odd_rlds
 
-from vla_jax.data import index, pack, sample
+from vla_jax.data import augment, build, pack, sample
 
 
 def test_an_array_comes_back_only_when_nobody_holds_it():
@@ -37,7 +37,7 @@ def test_jax_keeps_what_it_took():
 def test_pictures_do_not_share_a_threads_memory(tmp_path):
     """Every kind of picture, at its own size and at another, with and without memory of the caller's."""
     odd_rlds.record(tmp_path)
-    ix = index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"))
+    ix = build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"))
     for view in ix.views:
         for size in (12, 9):
             first, second = (sample.picture(ix, frame, view) for frame in (0, 8))
@@ -47,3 +47,8 @@ def test_pictures_do_not_share_a_threads_memory(tmp_path):
             out = np.zeros((size, size, 3), np.uint8)
             sample.pixels(ix, first, size=size, resize="linear", out=out)
             assert np.array_equal(held, alone) and np.array_equal(out, alone)
+            for change in (augment.IDENTITY, augment.Change((0.1, 0.1, 0.8, 0.8), None)):
+                changed = sample.pixels(ix, first, size=size, resize="linear", change=change)
+                before = changed.copy()
+                sample.pixels(ix, second, size=size, resize="linear")
+                assert np.array_equal(changed, before)

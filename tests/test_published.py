@@ -83,6 +83,14 @@ def test_grippers_are_turned_to_one_is_open():
                 assert "invert" not in ops and "accumulate" not in ops, (name, part)
 
 
+def test_exchanged_colours_are_those_that_peers_undo():
+    """The script that prepares Open X-Embodiment for Octo and OpenVLA flips the channels of these, and fmb's authors say that of theirs."""
+    both = ("base", "wrist")
+    want = {"berkeley_autolab_ur5": ("wrist",), "berkeley_fanuc_manipulation": both, "utaustin_mutex": both}
+    want |= {"stanford_hydra_dataset_converted_externally_to_rlds": both, "fmb": ("base", "side", "wrist", "wrist_right")}
+    assert {n: cards.load(n).bgr for n in cards.names() if cards.load(n).bgr} == want
+
+
 def test_published_weights(oxe):
     """The list that came with the features against our file of Octo's mixture."""
     text = (oxe / "README.md").read_text()
@@ -101,3 +109,8 @@ def test_published_weights(oxe):
     plus = mixture.load("openvla_magic_soup_plus")
     weights = {c.name: w for c, w in zip(plus.cards, plus.weights)}
     assert {n: weights[n] for n in ("bc_z", "fmb", "dobbe", "droid")} == {"bc_z": 0.2, "fmb": 1, "dobbe": 0.2, "droid": 0.06}
+    minus, short_of = mixture.load("openvla_magic_soup_plus_minus"), {"language_table", "droid"}
+    changed = {c.name: w for c, w in zip(minus.cards, minus.weights)}
+    assert changed == {n: w for n, w in weights.items() if n not in short_of} | {"fractal20220817_data": 1.0}
+    rtx, franka = ({c.name: w for c, w in zip(m.cards, m.weights)} for m in map(mixture.load, ("rtx", "rtx_franka")))
+    assert len(rtx) == 11 and len(franka) == 25 and rtx.items() <= franka.items()

@@ -6,8 +6,10 @@ import numpy as np
 import odd_rlds
 import pytest
 
-from vla_jax.data import cards, images, index, records, rlds, sample
+from vla_jax import config
+from vla_jax.data import build, cards, images, records, rlds, sample, source
 from vla_jax.data.store import Store
+from vla_jax.data.stream import Stream
 from vla_jax.types import UserError
 
 BRIDGE_VIEWS = {"base": "image_0", "side": "image_1", "side_2": "image_2", "wrist": "image_3"}
@@ -15,7 +17,7 @@ BRIDGE_VIEWS = {"base": "image_0", "side": "image_1", "side_2": "image_2", "wris
 
 @pytest.fixture(scope="module")
 def bridge(real_data, tmp_path_factory):
-    return index.ensure(cards.load("bridge_dataset"), str(real_data), str(tmp_path_factory.mktemp("ix")))
+    return build.ensure(cards.load("bridge_dataset"), str(real_data), str(tmp_path_factory.mktemp("ix")))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +75,10 @@ def test_every_field_of_the_real_sample_equals_tfds(bridge, real_data):
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
 def test_every_field_of_the_odd_set_equals_tfds(odd, tmp_path, kind):
-    """JPEG, PNG, raw pictures of three encodings; strings, codes, several instructions; float64, bool and int64 numbers;
-    filters; TFRecord and ArrayRecord. Numbers are equal bit for bit as float32, in which the framework computes."""
+    """JPEG, PNG, raw pictures of three encodings; strings, codes, several instructions; float64, bool and int64 numbers, some of
+    them as bytes or compressed; filters; TFRecord and ArrayRecord. Numbers are equal bit for bit as float32, in which the framework computes."""
     root = odd if kind == "tfrecord" else odd / "array_record"
-    ix = index.ensure(odd_rlds.card(), str(root), str(tmp_path))
+    ix = build.ensure(odd_rlds.card(), str(root), str(tmp_path))
     frame = 0
     for episode in by_tfds(root / odd_rlds.NAME / odd_rlds.VERSION, ["jpeg", "png"]):
         number = len(episode) - 2
@@ -108,6 +110,60 @@ def test_every_field_of_the_odd_set_equals_tfds(odd, tmp_path, kind):
     assert ix.filtered == {"episode:success is false": 1, "episode:meta/path does not match '^good'": 1}
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_packed_rows_hold_what_tfds_reads(real_data, tmp_path, processes):
+    """What training gets, sample by sample: pixels, state, action chunk, mask and prompt of the frame that the sampler names.
+    Pictures keep their size here, so that nothing but the decoder lies between; numbers are normalised in float32."""
+    c, _ = config.load("configs/debug.py:bridge", [f"data.root={real_data}", f"data.index_dir={tmp_path}", "data.image_size=64"])
+    src = source.open_source(c, tokens_per_image=4)
+    steps = [(e, t, step) for e, episode in enumerate(episodes_of(real_data)) for t, step in enumerate(episode)]
+    chosen, seen = [v for v in c.data.views if v in BRIDGE_VIEWS], 0
+    for process in range(processes):
+        with Stream(src, process=process, processes=processes) as stream:
+            for batch, _ in (next(stream) for _ in range(6)):
+                for row in range(len(batch.tokens)):
+                    slot = 0
+                    for g in range(batch.segment[row].max()):
+                        _, _, place = src.sampler.draw(batch.sample_id[row, g : g + 1])
+                        frame = int(src.frames[0][place][0])
+                        episode, t, step = steps[frame]
+                        assert not src.indexes[0].held_out(c.data.holdout)[episode]
+                        for view in chosen:
+                            there = np.abs(batch.images[row, slot].astype(int) - decoded(step["observation"][BRIDGE_VIEWS[view]])).max()
+                            assert there <= 1
+                            slot += 1
+                        norm = src.normalizers[0]
+                        assert np.allclose(norm["state"].denormalize(batch.state[row, g]), step["observation"]["state"], atol=2e-5)
+                        later = [s["action"] for e, _, s in steps[frame : frame + src.steps(0)] if e == episode]
+                        chunk = norm["action"].denormalize(batch.actions[row, g])[: len(later)]
+                        want = np.array(later)
+                        want[:, 6] = want[:, 6] > 0.5
+                        inside = np.abs(batch.actions[row, g][: len(later)]) < 1  # what is beyond q01..q99 is clipped
+                        assert np.allclose(chunk[inside], want[inside], atol=2e-5) and inside.mean() > 0.5
+                        assert batch.action_mask[row, g, :, 0].tolist() == [i < len(later) for i in range(src.steps(0))]
+                        tokens = batch.tokens[row][(batch.segment[row] == g + 1) & (batch.block[row] == 0)]
+                        prompt = src.layout.prompt("bridge_dataset", step["language_instruction"].decode())
+                        ids = src.layout.text.encode(prompt)
+                        assert tokens[-len(ids) :].tolist() == list(ids)
+                        seen += 1
+    assert seen > 50
+
+
+def episodes_of(real_data):
+    return by_tfds(real_data / "bridge_dataset" / "1.0.0", list(BRIDGE_VIEWS.values()))
+
+
+def test_exchanged_colours_are_put_right(odd, tmp_path):
+    """JPEG, PNG and raw pictures of a card that says so, against the same without it."""
+    plain = build.ensure(odd_rlds.card(), str(odd), str(tmp_path))
+    swapped = build.ensure(odd_rlds.card(bgr=["base", "side", "side_2"]), str(odd), str(tmp_path))
+    for view in plain.views:
+        for frame in (0, 7):
+            a, b = (sample.pixels(ix, sample.picture(ix, frame, view), size=12, resize="linear") for ix in (plain, swapped))
+            assert np.array_equal(b, a[..., ::-1] if view in swapped.card.bgr else a), view
+            assert not np.array_equal(a, a[..., ::-1])
+
+
 def test_chunk_mask_at_the_end_of_an_episode(bridge):
     """A peer counts a repeated last action as real."""
     chunk, mask = sample.actions(bridge, 8, 5)  # steps 8 and 9 of a ten-step episode
@@ -128,7 +184,7 @@ def test_history_stays_in_its_episode(bridge):
 
 def test_every_instruction_is_drawn_and_the_same_again(odd, tmp_path):
     """A peer's uniform choice never draws the last of the language keys."""
-    ix = index.ensure(odd_rlds.card(), str(odd), str(tmp_path))
+    ix = build.ensure(odd_rlds.card(), str(odd), str(tmp_path))
     drawn = [sample.instruction(ix, 0, 5, n) for n in range(3000)]
     share = {text: drawn.count(text) / 3000 for text in ix.instructions(0)}
     assert len(share) == 3 and all(abs(s - 1 / 3) < 0.04 for s in share.values())  # 4.6 standard deviations
@@ -147,7 +203,7 @@ def _copy(real_data, tmp_path):
 
 
 def _open(folder, tmp_path, **options):
-    return index.ensure(cards.load("bridge_dataset"), str(folder.parent.parent), str(tmp_path / "ix"), **options)
+    return build.ensure(cards.load("bridge_dataset"), str(folder.parent.parent), str(tmp_path / "ix"), **options)
 
 
 def test_flipped_byte_is_skipped_and_counted(real_data, tmp_path):
@@ -180,7 +236,7 @@ def test_truncated_shard_keeps_what_is_whole(real_data, tmp_path):
     assert ix.episodes == 24 and ix.skipped == {"truncated record": 1}
     shard.write_bytes(b"")
     shutil.rmtree(tmp_path / "ix")
-    with pytest.raises(UserError, match="no usable episode .skipped: {'behind a broken record': 25}"):
+    with pytest.raises(UserError, match="no usable episode .skipped: {'announced but not there': 25}"):
         _open(folder, tmp_path)
 
 
@@ -203,16 +259,16 @@ def test_shard_changed_after_indexing_is_refused(real_data, tmp_path):
 def test_bad_episodes_are_skipped_and_counted(tmp_path, change, cause):
     good = [odd_rlds.episode(0) for _ in range(4)]
     odd_rlds.record(tmp_path, [*good, odd_rlds.episode(0, **change)], shards=1)
-    ix = index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"), max_skipped=0.2)
+    ix = build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"), max_skipped=0.2)
     assert ix.episodes == 4 and ix.skipped == {cause: 1}
     with pytest.raises(UserError, match="1 of 5 episodes cannot be used"):
-        index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"))
+        build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"))
 
 
 def test_empty_episode(tmp_path):
     good = [odd_rlds.episode(0) for _ in range(4)]
     odd_rlds.record(tmp_path, [*good, odd_rlds.episode(0, steps=0)], shards=1)
-    ix = index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"), max_skipped=0.2)
+    ix = build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"), max_skipped=0.2)
     assert ix.episodes == 4 and ix.skipped == {"empty episode": 1}
 
 
@@ -265,22 +321,22 @@ def test_shards_that_are_missing_or_miscounted(tmp_path):
     gone = folder / names[3]
     lost = rlds.episodes(Store(folder), "train")[3]
     kept = gone.read_bytes()
-    ix = index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "a"), max_skipped=0.5)
+    ix = build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "a"), max_skipped=0.5)
     assert ix.episodes == 40
     gone.unlink()  # after indexing
-    ix = index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "a"), max_skipped=0.5)
+    ix = build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "a"), max_skipped=0.5)
     assert ix.skipped == {"shard deleted after indexing": lost} and ix.missing == {3}
     frame = int(ix.episode_start[np.flatnonzero(ix.episode_shard == 3)[0]])
     with pytest.raises(images.UndecodableImage) as e:
         sample.fetch(ix, sample.picture(ix, frame, ix.views[0]))
     assert e.value.cause == "shard deleted after indexing"
     with pytest.raises(UserError, match=f"{lost} of 40 episodes cannot be used .* First missing shard: .*{names[3]}"):
-        index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "a"), max_skipped=0.01)
-    ix = index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "b"), max_skipped=0.5)  # before indexing
+        build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "a"), max_skipped=0.01)
+    ix = build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "b"), max_skipped=0.5)  # before indexing
     assert ix.skipped == {"missing shard": lost} and ix.episodes == 40 - lost
     gone.write_bytes(kept)  # it came back: the index does not know it
     with pytest.raises(UserError, match=f"{names[3]} has changed since it was indexed"):
-        index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "b"), max_skipped=0.5)
+        build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "b"), max_skipped=0.5)
 
 
 def test_pictures_that_do_not_decode():
@@ -307,4 +363,4 @@ def test_shard_names_stay_in_their_folder(tmp_path):
     info = tmp_path / odd_rlds.NAME / odd_rlds.VERSION / "dataset_info.json"
     info.write_text(info.read_text().replace("{DATASET}-{SPLIT}", "../../{DATASET}"))
     with pytest.raises(UserError, match="outside its folder"):
-        index.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"))
+        build.ensure(odd_rlds.card(), str(tmp_path), str(tmp_path / "ix"))

@@ -138,7 +138,7 @@ def test_nan_is_never_hidden():
         ({"slice": [1]}, "needs [start, stop]"),
         ({"pick": {"dims": [0]}}, "needs a key, or"),
         ({"function": "exec"}, "needs one of"),
-        ({"absolute": {"dims": [0], "from": "y", "at": [0, 1]}}, "needs as many columns"),
+        ({"absolute": {"dims": [0], "from": "y", "at": [0, 1]}}, "as many columns"),
     ],
 )
 def test_faults_of_ops_are_named(op, message):

@@ -11,7 +11,7 @@ import urllib.parse
 import numpy as np
 import pytest
 
-from vla_jax.data import cards, index, sample
+from vla_jax.data import build, cards, sample
 from vla_jax.data.store import Store, Unreadable
 from vla_jax.types import UserError
 
@@ -56,8 +56,8 @@ def test_a_place_that_cannot_be(tmp_path):
 @pytest.mark.parametrize("scheme", ["file://"])
 def test_the_engine_reads_a_url_as_it_reads_a_folder(real_data, tmp_path, scheme):
     card = cards.load("bridge_dataset")
-    here = index.ensure(card, str(real_data), str(tmp_path))
-    there = index.ensure(card, f"{scheme}{real_data}", str(tmp_path))
+    here = build.ensure(card, str(real_data), str(tmp_path))
+    there = build.ensure(card, f"{scheme}{real_data}", str(tmp_path))
     assert here.path != there.path and here.digest == there.digest
     for frame in (0, 77, 249):
         assert sample.fetch(here, sample.picture(here, frame, here.views[1])) == sample.fetch(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_jax.data import pack, source, stream
+from vla_jax.data import augment, pack, source, stream
 from vla_jax.data.stream import Stream, initial_state
 from vla_jax.types import IMAGE, UserError
 
@@ -190,6 +190,40 @@ def test_too_many_bad_samples_are_refused(opened, monkeypatch):
     ):
         for _ in range(20):
             next(s)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_wrist_cameras_are_not_cropped_in_a_batch(opened, where):
+    """Of what training gets: pictures of the wrist are those without augmentation, the others are not."""
+    crop = dataclasses.replace(opened.config.augment, crop=0.5, where=where)
+    cropped = dataclasses.replace(opened, config=dataclasses.replace(opened.config, augment=crop), augmenter=augment.Augmenter(crop, 0))
+    same_picture, identity = {"base": [], "wrist": []}, augment.IDENTITY.numbers()
+    with Stream(opened) as a, Stream(cropped) as b:
+        for _ in range(3):
+            (plain, _), (changed, _) = next(a), next(b)
+            for row in range(len(plain.tokens)):
+                slot = 0
+                for g in range(plain.segment[row].max()):
+                    (item,) = opened.draw(plain.sample_id[row, g : g + 1])
+                    for at in item.pictures:
+                        still = np.array_equal(plain.images[row, slot], changed.images[row, slot])
+                        if where == "device":
+                            still = still and np.array_equal(changed.change[row, slot], identity)
+                        same_picture[at.view].append(still)
+                        slot += 1
+    assert all(same_picture["wrist"]) and np.mean(same_picture["base"]) < 0.1 and len(same_picture["wrist"]) > 20
+
+
+def test_samples_too_long_for_a_row_are_bad_samples_too(opened, monkeypatch):
+    """A row that most samples do not fit in is refused after a while, and never searched for ever."""
+    monkeypatch.setattr(stream, "_ENOUGH", 64)
+    lengths = sorted(item.size[0] for item in opened.draw(np.arange(200)))
+    for length in (lengths[60], 3):
+        packs = dataclasses.replace(opened.config.pack, length=length, targets=min(length, opened.config.pack.targets))
+        narrow = dataclasses.replace(opened, config=dataclasses.replace(opened.config, pack=packs))
+        with Stream(narrow) as s, pytest.raises(UserError, match="too long for a row"):
+            for _ in range(200):
+                next(s)
 
 
 # One host as a process of its own: takes some batches from a state in a file, and writes what it saw and the state after.

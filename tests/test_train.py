@@ -84,6 +84,25 @@ def test_changed_mixture_is_refused_unless_asked_for(tiny, tmp_path):
     assert int(loop.train(run, quiet=True).step) == 2
 
 
+def test_another_mixture_when_asked_for(tiny, tmp_path):
+    """Named in the config: refused by the data's fingerprint, gone on with when asked for, and refused for good where the
+    robots' states are wider than the model that was trained."""
+    one = tmp_path / "one.yaml"
+    one.write_text("name: one\nsource: none\nweight: per_dataset\ndatasets: {tabletop_bimanual: 1, tabletop_slider: 1}")
+    loop.train(loop.prepare(tiny("train.steps=1", f"data.mixture={one}"), tmp_path / "w"), quiet=True)
+    with pytest.raises(UserError, match="the data changed since .*allow_new_mixture"):
+        loop.train(loop.prepare(tiny("train.steps=2"), tmp_path / "w"), quiet=True)
+    with pytest.raises(UserError, match="the data changed since"):
+        loop.train(loop.prepare(tiny("train.steps=2", f"data.mixture={one}", "data.holdout=0.4"), tmp_path / "w"), quiet=True)
+    asked = tiny("train.steps=2", "train.allow_new_mixture=true", "data.read_ahead=8", "data.holdout=0.3")
+    assert int(loop.train(loop.prepare(asked, tmp_path / "w"), quiet=True).step) == 2
+    arm = tiny("train.steps=3", "train.allow_new_mixture=true", "data.mixture=tabletop_arm", "pack.targets=60")
+    run = loop.prepare(arm, tmp_path / "w")
+    assert run.source.shape[2] != 6
+    with pytest.raises(UserError, match="was trained on states of 6 numbers"):
+        loop.train(dataclasses.replace(run, config=dataclasses.replace(asked, train=arm.train)), quiet=True)
+
+
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_meshes_agree(tiny, tmp_path, mesh):
     """The same two steps on one device and on eight, laid out in three ways. Float32: only summation orders differ, and a

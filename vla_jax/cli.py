@@ -91,11 +91,16 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(_positive(word) for word in _words(text)) or (1,)
 
 
-def _share(number: str) -> float:
-    try:
-        return config.Config(data=config.Data(holdout=float(number))).data.holdout  # the bounds are stated there
-    except (ValueError, UserError) as e:
-        raise argparse.ArgumentTypeError(str(e)) from e
+def _bounded(key: str):
+    """A setting of the data group, within the bounds that the config states."""
+
+    def number(text: str) -> float:
+        try:
+            return getattr(config.Config(data=config.Data(**{key: float(text)})).data, key)
+        except (ValueError, UserError) as e:
+            raise argparse.ArgumentTypeError(str(e)) from e
+
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,9 +159,12 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("mixture", metavar="CARD|MIXTURE")
         p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
         p.add_argument("--index-dir", default="", metavar="DIR")
-        p.add_argument("--holdout", type=_share, default=config.Data.holdout)
+        p.add_argument("--holdout", type=_bounded("holdout"), default=config.Data.holdout)
         p.add_argument(
-            "--max-skipped", type=float, default=config.Data.max_skipped, help="share of bad episodes above which a dataset is refused"
+            "--max-skipped",
+            type=_bounded("max_skipped"),
+            default=config.Data.max_skipped,
+            help="share of bad episodes above which a dataset is refused",
         )
         p.add_argument("--workers", type=int, default=0, help="scanning processes (0: one a core)")
         if name == "inspect":
@@ -281,11 +289,11 @@ def _data_check(args) -> int:
 def _indexes(args):
     from tqdm import tqdm
 
-    from vla_jax.data import index, mixture
+    from vla_jax.data import build, mixture
 
     for card in mixture.load(args.mixture).cards:
         show = lambda shards, total, name=card.name: tqdm(shards, total=total, desc=name, unit="shard")
-        yield index.ensure(
+        yield build.ensure(
             card, args.root, args.index_dir, holdout=args.holdout, max_skipped=args.max_skipped, workers=args.workers, progress=show
         )
 

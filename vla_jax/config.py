@@ -154,9 +154,10 @@ class Config:
             raise UserError(f"pack.targets {self.pack.targets} is above pack.length {self.pack.length}; lower --config.pack.targets")
 
     def digest(self) -> str:
-        """Identifies what a checkpoint's shapes and learning depend on. Where data lies and how fast it is read do not count."""
+        """Identifies what a checkpoint's shapes and learning depend on. Where data lies and how fast it is read do not count, and
+        which data it is has a fingerprint of its own (Source.fingerprint)."""
         d = dataclasses.asdict(self)
-        for key in ("root", "index_dir", "threads", "prefetch", "max_skipped"):
+        for key in ("root", "index_dir", "threads", "read_ahead", "prefetch", "max_skipped", "mixture", "holdout"):
             d["data"].pop(key)
         for key in ("log_every", "eval_every", "eval_batches", "save_every", "keep", "allow_new_mixture", "steps"):
             d["train"].pop(key)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from vla_jax.bench import data_rates, data_sets
-from vla_jax.data import cards, index, rlds, scan
+from vla_jax.data import build, cards, rlds, scan
 from vla_jax.data.mixture import Sampler
 from vla_jax.data.store import Store
 from vla_jax.data.stream import Stream, initial_state
@@ -116,7 +116,7 @@ def _draw(sampler: Sampler, *, tries: int = 9) -> dict:
 def scanning(folder: Path, name: str, *, repeats: int) -> list[dict]:
     """Scanning the set's shards in this process, checksums included, against only reading and checksumming the same files."""
     card, store = cards.load(str(folder / "card.yaml")), Store(data_sets.place(folder, name))
-    features, todo = rlds.features(store), index.todo(card, store)
+    features, todo = rlds.features(store), build.todo(card, store)
     size = sum(store.size(file) for _, file, _ in todo) / 1e6
 
     def shards():

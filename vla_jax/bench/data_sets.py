@@ -26,7 +26,7 @@ import simplejpeg
 import yaml
 
 from vla_jax import config, paths
-from vla_jax.data import cards, images, index, sample
+from vla_jax.data import build, cards, images, sample
 from vla_jax.types import UserError
 
 VERSION = "1.0.0"
@@ -63,7 +63,7 @@ def ensure(root: str, name: str, *, frames: int = 0) -> Path:
     """
     kind = SETS[name]
     frames = frames or kind.frames
-    source = index.ensure(cards.load("bridge_dataset"), root, str(paths.cache_dir() / "bench" / "index"))
+    source = build.ensure(cards.load("bridge_dataset"), root, str(paths.cache_dir() / "bench" / "index"))
     made_of = json.dumps([dataclasses.asdict(kind), frames, source.digest, VIEWS, EPISODE_STEPS, SHARDS, QUALITY])
     out = paths.cache_dir() / "bench" / f"{name}-{frames}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     if not out.is_dir():
@@ -127,7 +127,7 @@ def _encode(picture: np.ndarray, kind: Kind) -> bytes:
 
 def _episodes(root: str, kind: Kind, frames: int) -> Iterator[dict[str, Any]]:
     """Real episodes joined until they have EPISODE_STEPS steps; every picture enlarged, with noise of its own."""
-    ix = index.ensure(cards.load("bridge_dataset"), root, str(paths.cache_dir() / "bench" / "index"))
+    ix = build.ensure(cards.load("bridge_dataset"), root, str(paths.cache_dir() / "bench" / "index"))
     rng, h, w = np.random.default_rng(0), kind.height, kind.width
     field = np.round(rng.standard_normal((2 * h, 2 * w, 3), np.float32) * kind.noise).astype(np.int16)
     for first in range(0, frames, EPISODE_STEPS):

@@ -32,7 +32,7 @@ def _problem(name: str, arg) -> str:
     if name == "labelled":
         return "" if arg is True else "needs true"
     if name == "moves":
-        return "" if isinstance(arg, (int, float)) and not isinstance(arg, bool) and arg > 0 else "needs a positive number"
+        return "" if isinstance(arg, (int, float)) and not isinstance(arg, bool) and 0 < arg < 1e30 else "needs a positive number"
     if not isinstance(arg, dict) or set(arg) != {"key", "pattern"} or not all(isinstance(v, str) for v in arg.values()):
         return "needs key and pattern"
     try:

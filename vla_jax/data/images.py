@@ -14,6 +14,9 @@ cv2.setNumThreads(1)  # threads are ours: one per image
 RESIZE = ("linear", "antialias")
 
 
+_MOST_PIXELS = 1 << 25
+
+
 class UndecodableImage(Exception):
     """The bytes are no image that can be decoded, or cannot be read. `cause` is a phrase to be counted by."""
 
@@ -39,13 +42,23 @@ def decode(data: bytes | memoryview, feature: Feature | None = None, *, bgr: boo
                     return simplejpeg.decode_jpeg(data, order, buffer=into)
                 except ValueError:  # damaged, or larger than its features say: without the buffer it is one or the other
                     pass
+            _bounded(*simplejpeg.decode_jpeg_header(data)[:2])
             return simplejpeg.decode_jpeg(data, order)
+        if data[:4] != b"\x89PNG":
+            raise ValueError(f"{len(data)} bytes that are neither JPEG nor PNG")
+        _bounded(int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big"))
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR if bgr else cv2.IMREAD_COLOR_RGB)
-    except (ValueError, cv2.error) as e:
+    except (ValueError, MemoryError, cv2.error) as e:
         raise UndecodableImage(str(e)) from e
     if image is None:
-        raise UndecodableImage(f"{len(data)} bytes that are neither JPEG nor PNG")
+        raise UndecodableImage("a damaged PNG")
     return image
+
+
+def _bounded(height: int, width: int) -> None:
+    """A damaged header may announce a picture that fills the memory. Raises: ValueError."""
+    if height * width > _MOST_PIXELS:
+        raise ValueError(f"a picture of {height} x {width} pixels; {_MOST_PIXELS} at most are decoded")
 
 
 def _raw(data: bytes, feature: Feature) -> np.ndarray:

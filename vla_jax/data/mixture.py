@@ -10,16 +10,15 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 
 import numpy as np
-import yaml
 
 from vla_jax import paths
 from vla_jax.data import cards
 from vla_jax.data.cards import DatasetCard
 from vla_jax.types import UserError
 
+_LARGEST = 1e12  # of a weight: times a number of frames it must stay exact enough
 BLOCK = 1 << 16  # samples; within each block every dataset has its exact quota
 
 
@@ -32,7 +31,7 @@ class Mixture:
 
 
 def load(name: str) -> Mixture:
-    """A mixture by name or path; a card's name stands for that dataset alone.
+    """A mixture by name or path; a card's name or path stands for that dataset alone.
 
     Raises: UserError naming the file and the fault.
     """
@@ -41,10 +40,10 @@ def load(name: str) -> Mixture:
     if name in cards.names():
         return Mixture(name, (cards.load(name),), (1.0,))
     path = paths.find("data", name if name.endswith((".yaml", ".yml")) else f"mixtures/{name}.yaml")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
-        raise UserError(f"mixture {path} is not valid YAML: {e}") from e
+    raw = cards.read_yaml(path, "mixture")
+    if isinstance(raw, dict) and "robot" in raw:
+        card = cards.load(str(path))
+        return Mixture(card.name, (card,), (1.0,))
     if (
         not isinstance(raw, dict)
         or set(raw) != {"name", "source", "weight", "datasets"}
@@ -57,9 +56,14 @@ def load(name: str) -> Mixture:
     if raw["weight"] not in ("per_dataset", "times_size"):
         raise UserError(f"mixture {path}: weight is {raw['weight']!r}; allowed: per_dataset, times_size")
     for key, value in raw["datasets"].items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise UserError(f"mixture {path}: weight of {key} is {value!r}; it must be a positive number")
-    return Mixture(raw["name"], tuple(cards.load(k) for k in raw["datasets"]), tuple(map(float, raw["datasets"].values())), raw["weight"])
+        if not isinstance(key, str):
+            raise UserError(f"mixture {path}: dataset {key!r} is no name; it must be text")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < _LARGEST:
+            raise UserError(f"mixture {path}: weight of {key} is {str(value)[:40]}; it must be a positive number below {_LARGEST:g}")
+    chosen = tuple(cards.load(k) for k in raw["datasets"])
+    if twice := [c.name for c in chosen if [d.name for d in chosen].count(c.name) > 1]:
+        raise UserError(f"mixture {path}: {twice[0]} stands there more than once; give it one weight")
+    return Mixture(str(raw["name"]), chosen, tuple(map(float, raw["datasets"].values())), raw["weight"])
 
 
 @dataclasses.dataclass(frozen=True)

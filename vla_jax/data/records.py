@@ -12,6 +12,7 @@ import google_crc32c
 import numpy as np
 
 from vla_jax.data.store import Store, Unreadable
+from vla_jax.types import UserError
 
 _LARGEST = 1 << 31  # bytes; protobuf allows no message above 2 GiB, so a longer record is a broken length
 
@@ -22,6 +23,17 @@ class CorruptRecord(Exception):
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause} ({detail})" if detail else cause)
         self.cause = cause
+
+
+def check_readable(store: Store, names: list[str]) -> None:
+    """Raises: UserError when shards are of a kind that cannot be read from where they are, or with what is installed."""
+    if any(".array_record" in name for name in names):
+        try:
+            import array_record.python.array_record_module  # noqa: F401
+        except ImportError as e:
+            raise UserError("ArrayRecord files need the package array-record: pip install 'vla-jax[rlds]'") from e
+        if store.path is None:
+            raise UserError(f"{store}: ArrayRecord is read from local disks only; copy the dataset, or use its TFRecord form")
 
 
 def read_all(store: Store, name: str, expected: int) -> Iterator[tuple[int, bytes, int] | CorruptRecord]:
@@ -35,7 +47,12 @@ def read_all(store: Store, name: str, expected: int) -> Iterator[tuple[int, byte
 
 def _tfrecords(store: Store, name: str, expected: int):
     at, size, number = 0, store.size(name), 0
-    while number < expected if size is None else at < size:
+    if store.path and size is None:
+        yield CorruptRecord("unreadable shard", f"{store}/{name} is no file, or cannot be read")
+        return
+    while number < expected or (at < size if size is not None else _more(store, name, at)):
+        if at == size and number < expected:
+            return  # whole, with fewer records than announced
         try:
             head = store.read(name, at, 12) if size is None or size - at >= 12 else b""
             if len(head) < 12:
@@ -62,6 +79,26 @@ def _tfrecords(store: Store, name: str, expected: int):
         at, number = at + 16 + length, number + 1
 
 
+def checksum_at(store: Store, name: str, at: int) -> int | None:
+    """The stored checksum of the TFRecord whose payload begins there; None when no record does."""
+    try:
+        head = store.read(name, at - 12, 12)
+        (length,), (check,) = struct.unpack("<Q", head[:8]), struct.unpack("<I", head[8:])
+        if check != masked_crc(head[:8]) or length > _LARGEST:
+            return None
+        return struct.unpack("<I", store.read(name, at + length, 4))[0]
+    except Unreadable:
+        return None
+
+
+def _more(store: Store, name: str, at: int) -> bool:
+    """Whether there is a byte behind the announced records, where the store does not say how long the file is."""
+    try:
+        return len(store.read(name, at, 1)) == 1
+    except Unreadable:
+        return False
+
+
 def _array_records(store: Store, name: str):
     try:
         reader = open_array_record(store, name)
@@ -80,12 +117,8 @@ def _array_records(store: Store, name: str):
 
 def open_array_record(store: Store, name: str):
     """A reader of an ArrayRecord file on a local disk. Raises: Unreadable."""
-    try:
-        from array_record.python.array_record_module import ArrayRecordReader
-    except ImportError as e:
-        raise Unreadable("ArrayRecord files need the package array-record: pip install 'vla-jax[rlds]'") from e
-    if store.path is None:
-        raise Unreadable(f"{store}/{name}: ArrayRecord is read from local disks only; copy the dataset, or use its TFRecord form")
+    from array_record.python.array_record_module import ArrayRecordReader
+
     try:
         return ArrayRecordReader(str(store.path / name))
     except (RuntimeError, ValueError, OSError) as e:
@@ -162,7 +195,10 @@ class Example:
     def number_spans(self, name: str, per: int) -> np.ndarray:
         """i64[n 2]: where each run of `per` packed integers lies in the payload (an image stored raw). Raises: CorruptRecord."""
         kind, start, end = self._where.get(name, (3, 0, 0))
-        found = [(s, e) for field, s, e in _fields(self.payload, start, end) if field == 1]
+        try:
+            found = [(s, e) for field, s, e in _fields(self.payload, start, end) if field == 1]
+        except ValueError as e:
+            raise CorruptRecord("no tf.train.Example", f"{name}: {e}") from e
         if kind != 3 or len(found) > 1:
             raise CorruptRecord("field of another type", f"{name} is no packed list of integers")
         if not found:

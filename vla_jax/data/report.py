@@ -221,7 +221,7 @@ def _strips(s: Survey, steps: int) -> tuple[str, dict[str, str], list[str]]:
             out.append(f'<div class="view">{_e(view)}</div><div class="strip" data-view="{_e(view)}">{"".join(shots)}</div>')
         chunk, mask = sample.actions(ix, middle, steps)
         plots = "".join(_plot(c, chunk[:, i], mask) for i, c in enumerate(s.columns["action"]))
-        note = f"The {steps} actions from step {middle - first} on, as recorded; shaded: q01 to q99; grey: after the episode's end."
+        note = f"The {steps} actions from step {middle - first} on, as the card's ops make them; shaded: q01 to q99; grey: after the episode's end."
         out.append(f'<div class="view">{note}</div><div class="grid">{plots}</div></div>')
     tell = lambda view, n, cause: f"{n} of the pictures shown of view {view} cannot be: {cause}."
     faults = [tell(view, n, cause) for view, causes in bad.items() for cause, n in causes.items()]

@@ -63,12 +63,8 @@ def shards(place: Store | Path, split: str) -> list[str]:
     Raises: UserError when the split is absent, or names files outside the folder.
     """
     place = place if isinstance(place, Store) else Store(place)
-    info = _json(place, "dataset_info.json")
-    splits = {s.get("name"): s for s in info.get("splits", []) if isinstance(s, dict)}
-    if split not in splits:
-        raise UserError(f"{place} has no split {split!r}; it has {', '.join(sorted(map(str, splits))) or 'none'}.")
-    lengths = splits[split].get("shardLengths", [])
-    template = splits[split].get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info, found = _split(place, split)
+    lengths, template = found["shardLengths"], found.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     digits = max(5, len(str(len(lengths))))
     files = []
     for i in range(len(lengths)):
@@ -90,8 +86,25 @@ def shards(place: Store | Path, split: str) -> list[str]:
 
 def episodes(place: Store, split: str) -> list[int]:
     """How many episodes dataset_info.json says each shard of a split holds."""
+    return _split(place, split)[1]["shardLengths"]
+
+
+def _split(place: Store, name: str) -> tuple[dict, dict]:
+    """dataset_info.json, and in it what it says of a split. Raises: UserError when that is absent or odd."""
     info = _json(place, "dataset_info.json")
-    return next(([int(n) for n in s.get("shardLengths", [])] for s in info.get("splits", []) if s.get("name") == split), [])
+    splits = info.get("splits")
+    known = {s.get("name"): s for s in splits if isinstance(s, dict)} if isinstance(splits, list) else {}
+    if name not in known:
+        raise UserError(f"{place} has no split {name!r}; it has {', '.join(sorted(map(str, known))) or 'none'}.")
+    lengths = known[name].get("shardLengths", [])
+    if not isinstance(lengths, list) or not all(re.fullmatch(r"\d+", str(n)) for n in lengths):
+        raise UserError(
+            f"{place}/dataset_info.json: shardLengths of split {name!r} is {str(lengths)[:80]}, not a list of numbers of episodes"
+        )
+    template = known[name].get("filepathTemplate")
+    if not isinstance(template, str | None):
+        raise UserError(f"{place}/dataset_info.json: filepathTemplate of split {name!r} is {template!r}, not text")
+    return info, known[name] | {"shardLengths": [int(n) for n in lengths]}
 
 
 def features(place: Store | str | Path) -> dict[str, Feature]:
@@ -110,7 +123,7 @@ def features(place: Store | str | Path) -> dict[str, Feature]:
         for key, node in tree.items():
             if key != "steps":
                 _flatten(node, key, outer)
-    except (AttributeError, TypeError, ValueError) as e:
+    except (AttributeError, TypeError, ValueError, RecursionError) as e:
         raise UserError(f"{place}/features.json is not as tensorflow-datasets writes it ({e})") from e
     return inner | {EPISODE + key: feature for key, feature in outer.items()}
 
@@ -123,6 +136,8 @@ def _flatten(node: dict, name: str, out: dict[str, Feature]) -> None:
     kind = next((k for k in ("image", "text", "sequence") if k in node), "tensor")
     spec = node.get(kind) or {}
     shape = tuple(int(d) for d in spec.get("shape", {}).get("dimensions", []))
+    if kind == "sequence" and "text" in (spec.get("feature") or {}):
+        spec = {"dtype": "string"}
     dtype = spec.get("dtype") or {"image": "uint8", "text": "string"}.get(kind, "int64" if "classLabel" in node else "float32")
     out[name] = Feature(kind, dtype if dtype in _DTYPES else "unknown", shape, spec.get("encodingFormat") or spec.get("encoding") or "")
 
@@ -130,7 +145,7 @@ def _flatten(node: dict, name: str, out: dict[str, Feature]) -> None:
 def _json(place: Store, name: str) -> dict:
     try:
         found = json.loads(place.read(name))
-    except (Unreadable, ValueError) as e:
+    except (Unreadable, ValueError, RecursionError) as e:
         raise UserError(f"{place}/{name} cannot be read as JSON: {e}") from e
     if not isinstance(found, dict):
         raise UserError(f"{place}/{name} is no JSON object")

@@ -165,8 +165,8 @@ def pixels(
     image = images.decode(
         asked() if asked else fetch(index, at, memory), index.pictures[at.view], bgr=at.view in index.card.bgr, into=decoded
     )
-    if out is None and change is None and image.shape[:2] == (size, size):
-        return image.copy()  # its memory is used again
+    if out is None:
+        out = np.empty((size, size, 3), np.uint8)  # that of the decoded picture is used again
     if change is None:
         return images.resize(image, size, resize, out)
     return augment.apply(image, change, size, resize, out)

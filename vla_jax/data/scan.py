@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from vla_jax.data.rlds import EPISODE, Feature
 from vla_jax.data.store import Store
 
 LOST = "behind a broken record"  # episodes of a shard that cannot be reached any more
+FEWER = "announced but not there"  # episodes that dataset_info.json counts and a whole shard does not have
+_LARGEST = 1e18  # a number beyond it is no robot's, and its square no float32
 
 
 def cores() -> int:
@@ -33,13 +36,14 @@ def cores() -> int:
 
 
 def shard(store: Store, name: str, expected: int, card: DatasetCard, features: dict[str, Feature]) -> dict:
-    """One shard -> its part of the index: the arrays of `index._FRAME` and `index._EPISODE`, and "said": {texts, sets
-    (each a list of text numbers), skipped {cause: episodes}, filtered {filter: episodes}}."""
+    """One shard -> its part of the index: the arrays of `index.FRAME` and `index.EPISODE`, and "said": {texts, sets
+    (each a list of text numbers), skipped {cause: episodes}, filtered {filter: episodes}, surplus (episodes beyond the expected number, which are
+    used like the others)}."""
     rows: dict[str, list] = collections.defaultdict(list)
     skipped, filtered = collections.Counter(), collections.Counter()
     texts, sets = _Numbered(), _Numbered()
     wanted = _wanted(card)
-    seen = 0
+    seen, broken = 0, ""
     for found in records.read_all(store, name, expected):
         seen += 1
         try:
@@ -49,6 +53,10 @@ def shard(store: Store, name: str, expected: int, card: DatasetCard, features: d
             made = episode(Example(payload, wanted), card, features)
         except CorruptRecord as e:
             skipped[e.cause] += 1
+            broken = e.cause
+            continue
+        except (ValueError, TypeError, IndexError, OverflowError):  # whatever else a record may hold: no bad one ends a scan
+            skipped["cannot be parsed"] += 1
             continue
         if reason := filters.left_out(card.filters, made["fields"], action=made["action"], labelled=any(made["language"])):
             filtered[reason] += 1
@@ -63,7 +71,8 @@ def shard(store: Store, name: str, expected: int, card: DatasetCard, features: d
         rows["episode_offset"].append(where)
         rows["episode_crc"].append(crc)
     if seen < expected:
-        skipped[LOST] += expected - seen
+        skipped[broken if broken == "unreadable shard" else LOST if broken else FEWER] += expected - seen
+    surplus = max(0, seen - expected)
     a, s, v = len(card.action.dims), len(card.state.dims), len(card.views)
     empty = {"action": (0, a), "state": (0, s), "image": (0, v, 2), "language": (0,)}
     dtypes = {"action": np.float32, "state": np.float32, "image": np.uint32, "language": np.int32}
@@ -71,7 +80,9 @@ def shard(store: Store, name: str, expected: int, card: DatasetCard, features: d
     out = {k: x.astype(dtypes[k]) for k, x in out.items()}
     for key, dtype in (("episode_steps", np.int64), ("episode_offset", np.int64), ("episode_crc", np.uint32)):
         out[key] = np.array(rows[key], dtype)
-    return out | {"said": {"texts": texts.items, "sets": sets.items, "skipped": dict(skipped), "filtered": dict(filtered)}}
+    return out | {
+        "said": {"texts": texts.items, "sets": sets.items, "skipped": dict(skipped), "filtered": dict(filtered), "surplus": surplus}
+    }
 
 
 def _wanted(card: DatasetCard) -> frozenset[str]:
@@ -94,7 +105,7 @@ def episode(example: Example, card: DatasetCard, features: dict[str, Feature]) -
         steps = steps or len(found)
     fields = {}
     for key in card.vectors():
-        value, width = example.numbers(raw(key)), _width(features[key])
+        value, width = _numbers(example, raw(key), features[key]), _width(features[key])
         steps = steps or (value.size // width if width else 0)
         if steps and (value.size == 0 or value.size != steps * (width or value.size // steps)):
             raise CorruptRecord("field of another length", f"{key}: {value.size} numbers in {steps} steps")
@@ -111,10 +122,35 @@ def episode(example: Example, card: DatasetCard, features: dict[str, Feature]) -
         raise CorruptRecord("field of another length", str(e)) from e
     if not (np.isfinite(action).all() and np.isfinite(state).all()):
         raise CorruptRecord("NaN or inf in action or state")
+    if max(np.abs(action).max(initial=0), np.abs(state).max(initial=0)) > _LARGEST:
+        raise CorruptRecord("number beyond 1e18 in action or state")
     image = np.stack([spans[key] for key in card.views.values()], axis=1) if spans else np.zeros((steps, 0, 2), np.int64)
     said = [_texts(example, raw(key), features[key], steps) for key in card.language]
     language = [tuple(dict.fromkeys(t for t in step if t)) for step in zip(*said)] if said else [()] * steps
-    return {"action": action, "state": state, "image": image, "language": language, "fields": _filter_fields(example, card)}
+    first = int(card.first_step == "drop_if_idle" and steps > 1 and _idle(action[0], card))
+    made = {"action": action[first:], "state": state[first:], "image": image[first:], "language": language[first:]}
+    return made | {"fields": _filter_fields(example, card, features)}
+
+
+def _idle(action: np.ndarray, card: DatasetCard) -> bool:
+    return not any(x for x, dim in zip(action.tolist(), card.action.dims) if dim.kind != "binary")
+
+
+def _numbers(example: Example, name: str, feature: Feature) -> np.ndarray:
+    """A field's numbers, those of an encoded tensor (TFDS encodings bytes and zlib: a value a step) among them."""
+    if feature.encoding not in ("bytes", "zlib") or not example.is_bytes(name) or feature.kind != "tensor":
+        return example.numbers(name)
+    size, out = max(_width(feature), 1) * np.dtype(feature.dtype).itemsize, []
+    for at, length in example.spans(name).tolist():
+        data = bytes(example.payload[at : at + length])
+        try:  # never more than the tensor should have: a small record cannot fill the memory
+            data = zlib.decompressobj().decompress(data, size + 1) if feature.encoding == "zlib" else data
+        except zlib.error as e:
+            raise CorruptRecord("field of another type", f"{name}: {e}") from e
+        if len(data) != size:
+            raise CorruptRecord("field of another length", f"{name}: {len(data)} bytes, not {size}")
+        out.append(data)
+    return np.frombuffer(b"".join(out), feature.dtype)
 
 
 def _width(feature: Feature) -> int:
@@ -133,7 +169,9 @@ def _texts(example: Example, name: str, feature: Feature, steps: int) -> list[st
     if feature.dtype == "string":
         out = example.texts(name)
     else:
-        codes = example.numbers(name)
+        codes = _numbers(example, name, feature)
+        if codes.dtype.kind == "f":
+            raise CorruptRecord("field of another type", f"{name} holds floats, not codes of characters")
         if codes.size % steps:
             raise CorruptRecord("field of another length", f"{name}: {codes.size} codes in {steps} steps")
         rows = (codes.reshape(steps, -1) & 0xFF).astype(np.uint8)
@@ -145,11 +183,11 @@ def _texts(example: Example, name: str, feature: Feature, steps: int) -> list[st
     return out or [""] * steps
 
 
-def _filter_fields(example: Example, card: DatasetCard) -> dict:
+def _filter_fields(example: Example, card: DatasetCard, features: dict[str, Feature]) -> dict:
     out = {}
     for key in filters.keys(card.filters):
         name = key.removeprefix(EPISODE) if key.startswith(EPISODE) else f"steps/{key}"
-        out[key] = example.texts(name) if example.is_bytes(name) else example.numbers(name)
+        out[key] = example.texts(name) if features[key].dtype == "string" else _numbers(example, name, features[key])
     return out
 
 
@@ -184,6 +222,7 @@ class Job:
     url: str
     parts: str
     shards: list
+    parent: int = 0
 
     def run(self) -> None:
         card, store = cards.from_dict(self.card, where="job"), Store(self.url)
@@ -196,9 +235,9 @@ class Job:
         store.close()
 
 
-def _die_with_parent() -> None:
-    """The kernel ends this process when its parent ends (Linux); elsewhere a thread sees that the parent has changed."""
-    parent = os.getppid()
+def _die_with_parent(parent: int) -> None:
+    """The kernel ends this process when the one with that number ends (Linux); elsewhere a thread sees that it has. It may have
+    ended before this was asked for: hence the number, which the parent gives."""
     try:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     except (OSError, AttributeError):
@@ -209,9 +248,12 @@ def _die_with_parent() -> None:
             threading.Event().wait(1.0)
         os._exit(1)
 
+    if os.getppid() != parent:
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
-    _die_with_parent()
-    Job(**json.loads(Path(sys.argv[1]).read_text())).run()
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    _die_with_parent(job.parent)
+    job.run()

@@ -10,7 +10,7 @@ import numpy as np
 
 from vla_jax import distributed
 from vla_jax.config import Config
-from vla_jax.data import cards, index, mixture, pack, rlds, sample, stats
+from vla_jax.data import build, cards, index, mixture, pack, rlds, sample, stats
 from vla_jax.data.augment import Augmenter
 from vla_jax.data.index import StepIndex
 from vla_jax.data.mixture import Sampler
@@ -38,10 +38,10 @@ def open_indexes(config: Config, *, progress=None) -> tuple[mixture.Mixture, tup
             have = (path / "meta.json").is_file()
         with distributed.together(f"scanning {card.name}"):
             if not have:
-                index.scan_shards(card, place, path, share=share, progress=progress and (lambda i, n, c=card: progress(i, n, c.name)))
+                build.scan_shards(card, place, path, share=share, progress=progress and (lambda i, n, c=card: progress(i, n, c.name)))
         with distributed.together(f"merging {card.name}"):
             if not have and share[0] == 0:
-                index.merge(card, place, path, holdout=d.holdout)
+                build.merge(card, place, path, holdout=d.holdout)
         with distributed.together(f"opening {card.name}"):
             opened.append(index.open_index(card, place, path, max_skipped=d.max_skipped))
     return mix, tuple(opened)

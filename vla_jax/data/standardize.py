@@ -200,7 +200,7 @@ def check(ops, where: str) -> None:
 def _problem(name: str, arg) -> str:
     """What is wrong with an op's argument, or nothing."""
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0
-    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e30
     indices = lambda v: isinstance(v, list) and v and all(map(whole, v))
     if name == "pick":
         fits = isinstance(arg, str) or (
@@ -213,7 +213,8 @@ def _problem(name: str, arg) -> str:
     if name == "concat":
         return "" if isinstance(arg, list) and arg and all(isinstance(k, str) for k in arg) else "needs a list of keys"
     if name == "slice":
-        return "" if isinstance(arg, list) and len(arg) == 2 and all(map(whole, arg)) else "needs [start, stop]"
+        fits = isinstance(arg, list) and len(arg) == 2 and all(map(whole, arg)) and arg[0] < arg[1]
+        return "" if fits else "needs [start, stop], start below stop"
     if name == "function":
         return "" if isinstance(arg, str) and arg in FUNCTIONS else f"needs one of: {', '.join(FUNCTIONS) or 'none is defined'}"
     if not isinstance(arg, dict) or set(arg) != _ARGS[name]:
@@ -221,16 +222,19 @@ def _problem(name: str, arg) -> str:
     for key in ("by", "low", "high", "threshold", "close"):
         if key in arg and not number(arg[key]):
             return f"needs a number for {key}"
+    if "low" in arg and arg["low"] >= arg["high"]:
+        return "needs low below high"
     if name == "accumulate" and arg["close"] not in (1, -1):
         return "needs close: 1 or -1"
     if "dims" in arg and not indices(arg["dims"]):
         return "needs dims as a list of column numbers"
     if name == "absolute":
-        return "" if indices(arg["at"]) and len(arg["at"]) == len(arg["dims"]) else "needs as many columns `at` as dims"
+        fits = indices(arg["at"]) and len(arg["at"]) == len(arg["dims"]) and isinstance(arg["from"], str)
+        return "" if fits else "needs a key `from` and as many columns `at` as dims"
     if "at" in arg and not whole(arg["at"]):
         return "needs a column number for at"
     for key in ("from", "to", "format"):
-        if key in arg and arg[key] not in rotations.WIDTH:
+        if key in arg and (not isinstance(arg[key], str) or arg[key] not in rotations.WIDTH):
             return f"needs {key} out of {', '.join(rotations.WIDTH)}"
     return ""
 

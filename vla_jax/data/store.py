@@ -1,9 +1,10 @@
-"""Bytes of files below one folder, wherever it is: a local path by `pread`, a URL (gs://, s3://, http(s)://, file://) by
+"""Bytes of files below one folder, wherever it is: a local path by `pread`, a URL (gs://, s3://, file://) by
 TensorStore's key-value store. Everything that reads a dataset goes through here."""
 
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -87,9 +88,10 @@ class Store:
         return out
 
     def size(self, name: str) -> int | None:
-        """Bytes of a local file; None where a store does not say."""
+        """Bytes of a local file; None where a store does not say, or there is no file."""
         try:
-            return (self.path / name).stat().st_size if self.path else None
+            found = (self.path / name).stat() if self.path else None
+            return found.st_size if found and stat.S_ISREG(found.st_mode) else None
         except OSError:
             return None
 
@@ -97,7 +99,13 @@ class Store:
         """What lies directly in the folder, sorted; [] when there is no such folder."""
         if self.path:
             return sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-        return sorted({k.decode().lstrip("/").split("/")[0] for k in self._kv.list().result()})
+        try:
+            keys = self._kv.list().result()
+        except Exception as e:  # NotImplementedError where a store has no listing, as http(s) has none
+            raise UserError(
+                f"{self.url} cannot be listed: {' '.join(str(e).split())[:300]}. Use a local folder, gs://, s3:// or file://."
+            ) from e
+        return sorted({k.decode().lstrip("/").split("/")[0] for k in keys})
 
     def child(self, *parts: str) -> Store:
         return Store("/".join([self.url, *parts]), latency_s=self._latency_s)

@@ -52,8 +52,10 @@ class Stream:
         self.groups = p.rows // p.group
         if self.groups % processes:
             near = processes * p.group * max(1, round(p.rows / (processes * p.group)))
+            fit = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0)
             raise UserError(
-                f"pack.rows {p.rows} in groups of {p.group} cannot be shared by {processes} processes. Nearest: --config.pack.rows={near}."
+                f"pack.rows {p.rows} in groups of {p.group} cannot be shared by {processes} processes. Nearest: --config.pack.rows={near}; "
+                f"a run that has begun keeps its rows and groups and can be shared by {fit}."
             )
         share = self.groups // processes
         self.mine = range(process * share, (process + 1) * share)
@@ -146,8 +148,8 @@ class Stream:
 
     def _refuse(self) -> None:
         most = self.source.config.data.max_skipped
-        for name, drawn in self.drawn.items():
-            causes = {cause: n for (d, cause), n in self.skipped.items() if d == name}
+        for name, drawn in list(self.drawn.items()):
+            causes = {cause: n for (d, cause), n in list(self.skipped.items()) if d == name}
             if drawn >= _ENOUGH and sum(causes.values()) > most * drawn:
                 said = ", ".join(f"{n} x {cause}" for cause, n in causes.items())
                 raise UserError(
@@ -171,6 +173,9 @@ class Stream:
             if any(size > limit for size, limit in zip(item.size, limits)):
                 self.drawn[self.source.names[item.dataset]] += 1
                 self.skipped[self.source.names[item.dataset], "too long for a row"] += 1
+                self._refuse()
+                if self._stop.is_set():
+                    break
                 continue
             have += item.size[0]
             items.append(item)

@@ -67,6 +67,7 @@ class Survey:
     labelled: int  # frames, of all, that have an instruction
     texts: list[tuple[str, int]]  # the most frequent instructions, with their frames
     distinct: int
+    odd_texts: int  # instructions with characters that could not be read
     long_texts: list[int]  # words of the instructions that are too long
     tokens: np.ndarray  # i64[n] FAST tokens of a chunk; empty when none could be fitted
     prompts: np.ndarray  # i64[n] text tokens of a prompt
@@ -137,6 +138,7 @@ def _one(opened: Source, d: int, weight: float, frames: int, fault: str) -> Surv
         labelled=labelled,
         texts=sorted(texts, key=lambda x: (-x[1], x[0]))[:6],
         distinct=len(texts),
+        odd_texts=sum("\ufffd" in text for text in texts),
         long_texts=sorted((w for w in words if w > 100), reverse=True),
         tokens=tokens,
         prompts=prompts,
@@ -228,6 +230,10 @@ def warnings(s: Survey) -> list[str]:
     if s.labelled < ix.frames:
         bare = ix.frames - s.labelled
         out.append(f"{bare} of {ix.frames} frames ({bare / ix.frames:.1%}) have no instruction.")
+    if ix.surplus:
+        out.append(f"{ix.surplus} episodes more than dataset_info.json announces were found, and are used.")
+    if s.odd_texts:
+        out.append(f"{s.odd_texts} of {s.distinct} instructions hold characters that are no UTF-8, shown as \ufffd.")
     if s.long_texts:
         out.append(f"{len(s.long_texts)} of {s.distinct} instructions have more than 100 words (the longest {s.long_texts[0]}).")
     if s.share > 3 * s.frame_share or s.share < s.frame_share / 3:

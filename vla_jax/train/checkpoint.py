@@ -108,6 +108,11 @@ def check_same_run(meta: Meta, config: configs.Config, where: Path, source) -> N
             raise UserError(
                 f"{where} was trained with another {name} than the one found now. Put back the file it had (action_tokenizer.json in the workdir, tokens.action_path or tokens.text_model), or use another --workdir."
             )
+    if meta.mixture != fingerprint and config.train.allow_new_mixture and layout.state and meta.state_dim != source.shape[2]:
+        raise UserError(
+            f"{where} was trained on states of {meta.state_dim} numbers (its mixture's largest) and the new mixture has {source.shape[2]}. "
+            "Use another --workdir, or a mixture of the same size."
+        )
     if meta.mixture != fingerprint and not config.train.allow_new_mixture:
         raise UserError(
             f"the data changed since {where} was written (mixture {meta.mixture} -> {fingerprint}). Set --config.train.allow_new_mixture=true to go on with the new data from its start."
