@@ -44,7 +44,7 @@ def test_resize_equals_tensorflow(picture, mode, antialias, size):
 def test_modes_differ_where_it_matters(picture):
     """On noise, shrinking four times: without antialiasing its spread stays, with it a quarter is left."""
     noise = np.random.default_rng(1).integers(0, 256, (256, 256, 3), np.uint8)
-    spread = {mode: images.resize(noise, 64, mode).std() for mode in images.RESIZE}
+    spread = {mode: images.resize(noise, 64, mode).std() for mode in ("linear", "antialias")}
     assert spread["antialias"] < 0.5 * spread["linear"]
     assert np.array_equal(images.resize(noise, 256), noise)
 

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+import shutil
 
 import numpy as np
 import odd_rlds
@@ -115,6 +116,21 @@ def test_a_draft_lacks_only_what_a_person_must_say(which, real_data, tmp_path):
     else:
         assert set(card.views.values()) | {"observation/raw_zlib"} == set(odd_rlds.card().views.values())
         assert card.language == ("language",) and "observation/raw_zlib" in text.splitlines()[1]
+
+
+def test_a_draft_of_odd_descriptions(odd_place, tmp_path):
+    """Another split than train, none at all, and an empty list of addresses."""
+    place = tmp_path / odd_rlds.NAME / odd_rlds.VERSION
+    place.mkdir(parents=True)
+    shutil.copy(odd_place.path / "features.json", place)
+    for splits, said in (
+        ([{"name": "val"}, {"name": "test"}], ["test", "val"]),
+        (None, []),
+        ([{"name": "train"}, {"name": "val"}], ["train"]),
+    ):
+        (place / "dataset_info.json").write_text(json.dumps({"splits": splits, "location": {"urls": []}}))
+        raw = yaml.safe_load(draft.draft(rlds.dataset_dir(tmp_path, odd_rlds.NAME, odd_rlds.VERSION), odd_rlds.NAME, odd_rlds.VERSION))
+        assert raw["splits"] == said and raw["source"] == ""
 
 
 def test_no_draft_without_actions(tmp_path):

@@ -326,7 +326,7 @@ def test_what_is_drawn_is_what_was_recorded(indexes, tmp_path, monkeypatch):
         real = getattr(svg, name)
         monkeypatch.setattr(svg, name, lambda *a, _real=real, _to=drawn[name], **k: _to.append((a, k)) or _real(*a, **k))
     ix = indexes[1]
-    page, (found,), _ = made(tmp_path, alone(ix), [ix])
+    made(tmp_path, alone(ix), [ix])
     steps = sample.chunk_steps(ix.card.control_hz, 1.0, 50)
     pictures = [(a[0], k["label"]) for a, k in drawn["picture"]]
     assert len({label for _, label in pictures}) == len(pictures) > 6
@@ -340,10 +340,23 @@ def test_what_is_drawn_is_what_was_recorded(indexes, tmp_path, monkeypatch):
         begin = [f for f in set(frames) if all(map(np.array_equal, sample.actions(ix, f, steps), seen))]
         assert begin and not set(begin) & set(ix.episode_start.tolist()), "the chunk plotted is not that of a picture inside the episode"
     kept = np.repeat(~ix.held_out(0.1), np.diff(ix.episode_start))
-    for i, dim in enumerate(ix.card.action.dims):
-        (marks,) = [
-            k["marks"] for a, k in drawn["histogram"] if k["label"] == dim.name and k.get("marks") and a[1] <= ix.action[kept, i].max()
-        ][:1]
-        want = np.quantile(ix.action[kept, i], [0.01, 0.99])
-        assert np.allclose(marks, want, atol=0.02 * max(np.ptp(ix.action[kept, i]), 1e-6))
-    assert len(page.ids) > 3 and found is not None
+    shown = {}
+    for a, k in drawn["histogram"]:
+        shown.setdefault(k["label"], []).append((a, k))
+    inside = 0
+    for values, dims in ((ix.action[kept], ix.card.action.dims), (ix.state[kept], ix.card.state.dims)):  # drawn in this order
+        for column, dim in zip(values.T, dims):
+            want, width = np.quantile(column, [0.01, 0.99]), np.ptp(column)
+            assert np.allclose(shown[dim.name][0][1]["marks"], want, atol=0.002 * width + 1e-6)
+            inside += want[0] > column.min() + 0.01 * width
+            shown[dim.name].append(shown[dim.name].pop(0))
+    assert inside > 0  # somewhere the quantiles are not the extremes
+    surveyed, opened = survey.take(alone(ix), [ix], config.Config())
+    frames = opened.frames[0].spread(1024)
+    words = [len(opened.layout.text.encode(opened.layout.prompt(ix.card.name, ix.instructions(f)[0]))) for f in frames.tolist()]
+    tokens = [len(opened.layout.action.encode(chunk)) for chunk in opened.chunks(0, frames)[0]]
+    ((title, _),) = [(label, a) for label, a in shown.items() if label.startswith("FAST tokens")]
+    for label, want in ((title, tokens), ("Text tokens of a prompt", words), ("Length of an episode", np.diff(ix.episode_start))):
+        (((counts, low, high), _),) = shown[label]
+        expected = svg.whole_numbers(np.array(want))
+        assert np.array_equal(counts, expected[0]) and (low, high) == expected[1:], label

@@ -147,6 +147,11 @@ def test_more_episodes_than_announced_are_used_and_said(many, tmp_path, scheme):
     info.write_text(json.dumps(known))
     ix = build.ensure(odd_rlds.card(), f"{scheme}{tmp_path / 'data'}", str(tmp_path / "ix"))
     assert ix.episodes == 40 and ix.surplus == 2 and ix.skipped == {}
+    shard = tmp_path / "data" / odd_rlds.NAME / odd_rlds.VERSION / ix.shards[1]
+    shard.write_bytes(shard.read_bytes() + b"18 bytes, no record")
+    shutil.rmtree(tmp_path / "ix")
+    ix = build.ensure(odd_rlds.card(), f"{scheme}{tmp_path / 'data'}", str(tmp_path / "ix"))
+    assert (ix.episodes, ix.surplus) == (40, 2) and list(ix.skipped.values()) == [1]  # what is no record is no surplus
 
 
 def test_the_idle_first_step_is_dropped_where_the_card_says_so(tmp_path):

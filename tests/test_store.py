@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vla_jax.data import build, cards, sample
+from vla_jax.data import store as store_module
 from vla_jax.data.store import Store, Unreadable
 from vla_jax.types import UserError
 
@@ -45,6 +46,22 @@ def test_reads_ranges_and_says_what_is_gone(folder, scheme):
     assert known["none"] is None and known["a"] and known["empty"]
     (folder / "a").write_bytes(b"other")
     assert Store(f"{scheme}{folder}").identity("a") != known["a"]
+
+
+def test_a_simulated_latency_is_waited_for(folder, monkeypatch):
+    """By whoever reads, and by whoever waits for a read that was started, less the time that has passed meanwhile."""
+    slept, now = [], [100.0]
+    monkeypatch.setattr(store_module.time, "sleep", slept.append)
+    monkeypatch.setattr(store_module.time, "monotonic", lambda: now[0])
+    slow = Store(folder, latency_s=0.25)
+    assert slow.far and not Store(folder).far
+    slow.read("a", 0, 5)
+    wait = slow.start("a", 0, 5)
+    assert slept == [0.25]
+    now[0] += 0.1
+    assert bytes(wait()) == bytes(range(5)) and slept[1:] == [pytest.approx(0.15)]
+    now[0] += 1.0
+    assert bytes(wait()) == bytes(range(5)) and len(slept) == 2
 
 
 def test_a_place_that_cannot_be(tmp_path):

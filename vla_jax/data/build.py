@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vla_jax import distributed
 from vla_jax.data import cards, index, rlds, scan, stats
 from vla_jax.data.cards import DatasetCard
 from vla_jax.data.store import Store
@@ -27,18 +28,29 @@ _IN_PROCESS = 64 << 20  # bytes below which a scan starts no processes
 def ensure(
     card: DatasetCard, root: str, index_dir: str = "", *, holdout: float = 0.1, max_skipped: float = 0.1, workers: int = 0, progress=None
 ) -> index.StepIndex:
-    """Opens the index of a card's dataset below `root`, scanning the dataset first if there is none.
+    """Opens the index of a card's dataset below `root`, scanning the dataset first if there is none: its shards are shared out
+    among the hosts, each scans its own with several processes, and the first host merges. `index_dir` must be a folder that
+    all of them see.
 
     holdout: the fraction of episodes that the statistics, made in the same pass, leave out. progress(iterable, total) shows
-    shards as they are done. Raises: UserError when data or card are at fault, or more than `max_skipped` of the episodes are bad.
+    shards as they are done. Raises: UserError, on every host, when data or card are at fault, or more than `max_skipped` of the
+    episodes are bad.
     """
-    place = rlds.dataset_dir(root, card.name, card.version)
-    cards.check(card, place)
-    path = index.location(card, place, index_dir)
-    if not (path / "meta.json").is_file():
-        scan_shards(card, place, path, workers=workers, progress=progress)
-        merge(card, place, path, holdout=holdout)
-    return index.open_index(card, place, path, max_skipped=max_skipped)
+    share = distributed.process_index(), distributed.process_count()
+    with distributed.together(f"indexing {card.name}"):
+        place = rlds.dataset_dir(root, card.name, card.version)
+        cards.check(card, place)
+        path = index.location(card, place, index_dir)
+        have = (path / "meta.json").is_file()
+    with distributed.together(f"scanning {card.name}"):
+        if not have:
+            scan_shards(card, place, path, workers=workers, share=share, progress=progress)
+    with distributed.together(f"merging {card.name}"):
+        if not have and distributed.is_main():
+            merge(card, place, path, holdout=holdout)
+    with distributed.together(f"opening {card.name}"):
+        found = index.open_index(card, place, path, max_skipped=max_skipped)
+    return found
 
 
 def todo(card: DatasetCard, place: Store) -> list[tuple[int, str, int]]:

@@ -139,9 +139,8 @@ def from_dict(raw: dict, *, where: str) -> DatasetCard:
     if raw["first_step"] not in FIRST_STEPS:
         raise UserError(f"card {where}: first_step is {raw['first_step']!r}; allowed: {', '.join(FIRST_STEPS)}")
     filters.check(raw["filters"], where)
-    texts = {k: str(raw[k] or "") for k in ("name", "version", "source", "licence", "citation", "robot")}
     card = DatasetCard(
-        **texts,
+        **{k: str(raw[k]) for k in ("name", "version", "source", "licence", "citation", "robot")},
         control_hz=float(hz),
         splits=tuple(raw["splits"]),
         views=dict(raw["views"]),

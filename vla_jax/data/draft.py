@@ -20,7 +20,7 @@ def draft(place: Store, name: str, version: str) -> str:
 
     Raises: UserError when the dataset has no action, which a card cannot do without.
     """
-    fields, info = rlds.features(place), json.loads(place.read("dataset_info.json"))
+    fields, (info, splits) = rlds.features(place), rlds.describe(place)
     numbers = {k: math.prod(max(d, 1) for d in f.shape) for k, f in fields.items() if _is_numbers(k, f)}
     actions = [k for k in numbers if k.split("/")[0] == "action" or k.split("/")[-1].startswith("action")]
     if not actions:
@@ -31,18 +31,19 @@ def draft(place: Store, name: str, version: str) -> str:
     said = [k for k, f in fields.items() if f.dtype == "string" and f.kind != "image" and any(w in k.lower() for w in _LANGUAGE)]
     views = _views(fields)
     left = [k for k in fields if k not in {*chosen, *chosen_actions, *said, *views.values()}]
+    # what tensorflow-datasets puts into a citation that nobody wrote holds a TODO
     quoted = lambda text: json.dumps("" if "TODO" in str(text) else " ".join(str(text or "").split()), ensure_ascii=False)
     lines = [
         f'# A draft: replace every "?" (data/README.md says by what), then `vla-jax data check {name} --root ROOT`.',
         f"# Fields that it does not use: {', '.join(left) or 'none'}",
         f"name: {name}",
         f"version: {version}",
-        f"source: {quoted((info.get('location') or {}).get('urls', [''])[0])}",
+        f"source: {quoted(' '.join((info.get('location') or {}).get('urls') or []))}",
         f"licence: {quoted((info.get('redistributionInfo') or {}).get('license'))}",
         f"citation: {quoted(info.get('citation'))}",
         'robot: "?"',
         'control_hz: "?"  # actions a second, as recorded',
-        f"splits: [{', '.join(str(s.get('name')) for s in info.get('splits', []) if s.get('name') in ('train', '')) or 'train'}]",
+        f"splits: [{', '.join(['train'] if 'train' in splits else sorted(splits))}]",
         f"views: {{{', '.join(f'{view}: {key}' for view, key in views.items())}}}",
         f"language: [{', '.join(said)}]",
         'gripper: {state: "?", action: "?"}  # the sense as recorded; the ops must turn it to 1 = open',

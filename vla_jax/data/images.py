@@ -1,4 +1,4 @@
-"""Image bytes to pixels. JPEG by libjpeg-turbo, PNG and the rest by OpenCV; both release the interpreter lock."""
+"""Image bytes to pixels. JPEG by libjpeg-turbo, PNG by OpenCV; both release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from vla_jax.data import records
 from vla_jax.data.rlds import Feature
 
 cv2.setNumThreads(1)  # threads are ours: one per image
-RESIZE = ("linear", "antialias")
-
-
-_MOST_PIXELS = 1 << 25
+_MOST_PIXELS = 1 << 25  # that are decoded: 100 MB
 
 
 class UndecodableImage(Exception):
@@ -66,8 +64,7 @@ def _raw(data: bytes, feature: Feature) -> np.ndarray:
     size = int(np.prod(feature.shape))
     try:
         if feature.encoding == "zlib":
-            # never more than the picture should have: a small record cannot fill the memory
-            data = zlib.decompressobj().decompress(data, size + 1)
+            data = records.inflated(data, size)
         elif feature.encoding != "bytes":
             raw = np.frombuffer(data, np.uint8)
             ends = raw < 0x80  # a value of 128 to 255 takes two bytes, 0x80 | low seven bits and then 1

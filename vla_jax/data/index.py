@@ -175,11 +175,10 @@ def _spot_check(path: Path, place: Store, names: list[str], missing: set[int], a
     """Some records must still lie where they were: their lengths and checksums are read, not they. What has changed without its
     size is seen so. Raises: UserError."""
     there = np.flatnonzero(~np.isin(arrays["episode_shard"], sorted(missing)))
-    for i in there[np.unique(np.linspace(0, max(len(there) - 1, 0), min(_CHECKED, len(there))).astype(int))].tolist():
-        name, at = names[int(arrays["episode_shard"][i])], int(arrays["episode_offset"][i])
-        if ".array_record" in name:
-            continue
-        found = records.checksum_at(place, name, at)
+    some = there[np.unique(np.linspace(0, max(len(there) - 1, 0), min(_CHECKED, len(there))).astype(int))].tolist()
+    places = {i: (names[int(arrays["episode_shard"][i])], int(arrays["episode_offset"][i])) for i in some}
+    places = {i: (name, at) for i, (name, at) in places.items() if ".array_record" not in name}
+    for (i, (name, at)), found in zip(places.items(), records.checksums_at(place, list(places.values()))):
         if found != int(arrays["episode_crc"][i]):
             raise UserError(
                 f"shard {place}/{name} has changed since it was indexed: at byte {at} there is another record. Restore it, or delete "

@@ -42,7 +42,7 @@ def load(name: str) -> Mixture:
     path = paths.find("data", name if name.endswith((".yaml", ".yml")) else f"mixtures/{name}.yaml")
     raw = cards.read_yaml(path, "mixture")
     if isinstance(raw, dict) and "robot" in raw:
-        card = cards.load(str(path))
+        card = cards.from_dict(raw, where=str(path))
         return Mixture(card.name, (card,), (1.0,))
     if (
         not isinstance(raw, dict)

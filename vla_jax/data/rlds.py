@@ -89,13 +89,18 @@ def episodes(place: Store, split: str) -> list[int]:
     return _split(place, split)[1]["shardLengths"]
 
 
-def _split(place: Store, name: str) -> tuple[dict, dict]:
-    """dataset_info.json, and in it what it says of a split. Raises: UserError when that is absent or odd."""
+def describe(place: Store) -> tuple[dict, dict[str, dict]]:
+    """dataset_info.json, and in it what it says of each split, by name. Raises: UserError when it is no JSON object."""
     info = _json(place, "dataset_info.json")
     splits = info.get("splits")
-    known = {s.get("name"): s for s in splits if isinstance(s, dict)} if isinstance(splits, list) else {}
+    return info, {str(s.get("name")): s for s in splits if isinstance(s, dict)} if isinstance(splits, list) else {}
+
+
+def _split(place: Store, name: str) -> tuple[dict, dict]:
+    """dataset_info.json, and in it what it says of a split. Raises: UserError when that is absent or odd."""
+    info, known = describe(place)
     if name not in known:
-        raise UserError(f"{place} has no split {name!r}; it has {', '.join(sorted(map(str, known))) or 'none'}.")
+        raise UserError(f"{place} has no split {name!r}; it has {', '.join(sorted(known)) or 'none'}.")
     lengths = known[name].get("shardLengths", [])
     if not isinstance(lengths, list) or not all(re.fullmatch(r"\d+", str(n)) for n in lengths):
         raise UserError(

@@ -37,23 +37,25 @@ def cores() -> int:
 
 def shard(store: Store, name: str, expected: int, card: DatasetCard, features: dict[str, Feature]) -> dict:
     """One shard -> its part of the index: the arrays of `index.FRAME` and `index.EPISODE`, and "said": {texts, sets
-    (each a list of text numbers), skipped {cause: episodes}, filtered {filter: episodes}, surplus (episodes beyond the expected number, which are
-    used like the others)}."""
+    (each a list of text numbers), skipped {cause: episodes}, filtered {filter: episodes}, surplus (whole records beyond the
+    expected number, which are used like the others)}."""
     rows: dict[str, list] = collections.defaultdict(list)
     skipped, filtered = collections.Counter(), collections.Counter()
     texts, sets = _Numbered(), _Numbered()
     wanted = _wanted(card)
-    seen, broken = 0, ""
+    seen, whole, broken = 0, 0, ""
     for found in records.read_all(store, name, expected):
         seen += 1
+        if isinstance(found, CorruptRecord):
+            skipped[found.cause] += 1
+            broken = found.cause
+            continue
+        whole += 1
+        where, payload, crc = found
         try:
-            if isinstance(found, CorruptRecord):
-                raise found
-            where, payload, crc = found
             made = episode(Example(payload, wanted), card, features)
         except CorruptRecord as e:
             skipped[e.cause] += 1
-            broken = e.cause
             continue
         except (ValueError, TypeError, IndexError, OverflowError):  # whatever else a record may hold: no bad one ends a scan
             skipped["cannot be parsed"] += 1
@@ -72,7 +74,7 @@ def shard(store: Store, name: str, expected: int, card: DatasetCard, features: d
         rows["episode_crc"].append(crc)
     if seen < expected:
         skipped[broken if broken == "unreadable shard" else LOST if broken else FEWER] += expected - seen
-    surplus = max(0, seen - expected)
+    surplus = max(0, whole - expected)
     a, s, v = len(card.action.dims), len(card.state.dims), len(card.views)
     empty = {"action": (0, a), "state": (0, s), "image": (0, v, 2), "language": (0,)}
     dtypes = {"action": np.float32, "state": np.float32, "image": np.uint32, "language": np.int32}
@@ -143,8 +145,8 @@ def _numbers(example: Example, name: str, feature: Feature) -> np.ndarray:
     size, out = max(_width(feature), 1) * np.dtype(feature.dtype).itemsize, []
     for at, length in example.spans(name).tolist():
         data = bytes(example.payload[at : at + length])
-        try:  # never more than the tensor should have: a small record cannot fill the memory
-            data = zlib.decompressobj().decompress(data, size + 1) if feature.encoding == "zlib" else data
+        try:
+            data = records.inflated(data, size) if feature.encoding == "zlib" else data
         except zlib.error as e:
             raise CorruptRecord("field of another type", f"{name}: {e}") from e
         if len(data) != size:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vla_jax import distributed
 from vla_jax.config import Config
-from vla_jax.data import build, cards, index, mixture, pack, rlds, sample, stats
+from vla_jax.data import build, mixture, pack, sample, stats
 from vla_jax.data.augment import Augmenter
 from vla_jax.data.index import StepIndex
 from vla_jax.data.mixture import Sampler
@@ -22,29 +22,14 @@ _FIT_CHUNKS = 8192  # drawn from the mixture to fit the action tokenizer
 
 
 def open_indexes(config: Config, *, progress=None) -> tuple[mixture.Mixture, tuple[StepIndex, ...]]:
-    """The mixture and its indexes. What is missing is built first: the shards of a dataset are shared out among the hosts,
-    each scans its own with several processes, and the first host merges; `data.index_dir` must be a folder that all of them see.
+    """The mixture and its indexes; those that are missing are built first (build.ensure).
 
     Raises: UserError, on every host, for any fault of cards, folders or files.
     """
     mix, d = mixture.load(config.data.mixture), config.data
-    share = distributed.process_index(), distributed.process_count()
-    opened = []
-    for card in mix.cards:
-        with distributed.together(f"indexing {card.name}"):
-            place = rlds.dataset_dir(d.root, card.name, card.version)
-            cards.check(card, place)
-            path = index.location(card, place, d.index_dir)
-            have = (path / "meta.json").is_file()
-        with distributed.together(f"scanning {card.name}"):
-            if not have:
-                build.scan_shards(card, place, path, share=share, progress=progress and (lambda i, n, c=card: progress(i, n, c.name)))
-        with distributed.together(f"merging {card.name}"):
-            if not have and share[0] == 0:
-                build.merge(card, place, path, holdout=d.holdout)
-        with distributed.together(f"opening {card.name}"):
-            opened.append(index.open_index(card, place, path, max_skipped=d.max_skipped))
-    return mix, tuple(opened)
+    show = lambda name: progress and (lambda shards, total: progress(shards, total, name))
+    settings = {"holdout": d.holdout, "max_skipped": d.max_skipped}
+    return mix, tuple(build.ensure(card, d.root, d.index_dir, progress=show(card.name), **settings) for card in mix.cards)
 
 
 def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path | None = None, refit: bool = False, progress=None) -> Source:

@@ -156,7 +156,7 @@ def _open(url: str):
     import tensorstore as ts
 
     limit = {"limit": _REQUESTS}
-    context = ts.Context({f"{kind}_request_concurrency": limit for kind in ("gcs", "s3", "http")} | {"file_io_concurrency": limit})
+    context = ts.Context({f"{kind}_request_concurrency": limit for kind in ("gcs", "s3")} | {"file_io_concurrency": limit})
     try:
         return ts.KvStore.open(url + "/", context=context).result()
     except Exception as e:
