@@ -16,6 +16,7 @@ def get_config(arg: str = "bridge"):
     # 20 training episodes: longer chunks and a larger vocabulary would only be learned by heart
     c.data.chunk_s = 0.5
     c.data.holdout = 0.2
+    c.tokens.text_model = "tiny"
     c.tokens.action_vocab = 24
     c.tokens.action_scale = 4.0
     c.pack.rows = 8

@@ -1,4 +1,4 @@
-"""FAST against scipy's DCT and HF's byte-pair encoder, and its properties."""
+"""FAST against scipy's DCT and HF's byte-pair encoder, and its properties; bins beside it where both must behave alike."""
 
 import json
 
@@ -8,18 +8,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vla_jax.tokens import actions
+from vla_jax.tokens import actions, bins, bpe, files
 from vla_jax.types import UserError
+
+SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 9))
+DTYPES = st.sampled_from([np.float16, np.float32, np.float64])
 
 
 def smooth(rng, k, a):
     return np.clip(np.cumsum(rng.normal(0, 0.15, (k, a)), axis=0), -1, 1).astype(np.float32)
 
 
+def corpus(seed=0, n=200):
+    """Of three robots, so that one tokenizer serves several shapes."""
+    rng = np.random.default_rng(seed)
+    return [smooth(rng, k, a) for k, a in ((5, 7), (10, 3), (16, 8)) for _ in range(n)]
+
+
 @pytest.fixture(scope="module")
 def fitted():
-    rng = np.random.default_rng(0)
-    return actions.fit([smooth(rng, k, a) for k, a in ((5, 7), (10, 3), (16, 8)) for _ in range(200)], vocab_size=512, scale=10.0)
+    return actions.fit(corpus(), vocab_size=512, scale=10.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(fitted):
+    """Every kind of ours."""
+    return {"fast": fitted, "bins": bins.uniform(), "quantile": bins.quantile(corpus())}
+
+
+@pytest.fixture(params=["numba", "numpy"])
+def engine(request, monkeypatch):
+    """Both ways of merging."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(bpe, "_compiled", lambda: None)
+    return request.param
+
+
+def coefficients(fitted, chunk):
+    return np.clip(actions.coefficients(chunk[None], fitted.scale)[0], fitted.min_coef, fitted.max_coef)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 16, 50])
@@ -29,33 +57,173 @@ def test_dct_equals_scipy(k):
     np.testing.assert_allclose(actions.dct_matrix(k) @ x, scipy_fft.dct(x, axis=0, norm="ortho"), atol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(1, 9)), elements=st.floats(-1, 1, width=32)))
-def test_round_trip_within_the_quantisation_bound(fitted, chunk):
+@settings(max_examples=150, deadline=None)
+@given(SHAPES, DTYPES, st.data())
+def test_round_trip_within_the_quantisation_bound(fitted, shape, dtype, data):
     """Rounding errs by at most 0.5/scale a coefficient, and the transform keeps lengths: rms <= 0.5/scale. Holds where
-    nothing was clamped."""
+    nothing was clamped; 1e-6 is float32's share."""
+    chunk = data.draw(hnp.arrays(dtype, shape, elements=st.floats(-1, 1, width=16)))
     ids = fitted.encode(chunk)
-    assert ((ids >= 0) & (ids < fitted.vocab_size)).all()
-    back, valid = fitted.decode(ids, steps=chunk.shape[0], dims=chunk.shape[1])
-    assert valid and back.shape == chunk.shape
-    if fitted.clamped(chunk) == 0:
-        assert np.sqrt(np.mean((back - chunk) ** 2)) <= 0.5 / fitted.scale + 1e-6
+    assert ids.dtype == np.int32 and ((ids >= 0) & (ids < fitted.vocab_size)).all()
+    back, valid = fitted.decode(ids, steps=shape[0], dims=shape[1])
+    assert valid and back.shape == chunk.shape and back.dtype == np.float32
+    if fitted.clamps(chunk[None]) == (0, 0):
+        assert np.sqrt(np.mean((back - chunk.astype(np.float64)) ** 2)) <= 0.5 / fitted.scale + 1e-6
 
 
-def test_merges_are_byte_pair_encoding(fitted):
+@settings(max_examples=150, deadline=None)
+@given(SHAPES, st.data())
+def test_extreme_values_are_clamped_counted_and_decode(tokenizers, shape, data):
+    """Whatever finite numbers come, the ids are a chunk of that shape, and what was out of range is counted on its side."""
+    chunk = data.draw(hnp.arrays(np.float64, shape, elements=st.floats(allow_nan=False, allow_infinity=False)))
+    for kind, t in tokenizers.items():
+        back, valid = t.decode(t.encode(chunk), steps=shape[0], dims=shape[1])
+        assert valid and np.isfinite(back).all(), kind
+        low, high = t.clamps(chunk[None])
+        if kind == "fast":
+            plain = np.rint(actions.dct_matrix(shape[0]) * t.scale @ np.clip(chunk, -1e30, 1e30))
+            assert (low, high) == ((plain < t.min_coef).sum(), (plain > t.max_coef).sum())
+        else:
+            assert (low, high) == ((chunk < t.edges[0]).sum(), (chunk > t.edges[-1]).sum())
+
+
+@settings(max_examples=100, deadline=None)
+@given(SHAPES, st.integers(0, 2**31), st.integers(0, 2**31))
+def test_encode_is_injective_on_coefficients(fitted, shape, one, other):
+    """Ids spell the coefficients back, so different coefficients have different ids."""
+    rng = np.random.default_rng([one, other])
+    wanted = rng.integers(fitted.min_coef, fitted.max_coef + 1, shape)
+    chunk = actions.dct_matrix(shape[0]).T @ (wanted / fitted.scale)
+    ids = fitted.encode(chunk)
+    spelt = actions.spell_out(ids.astype(np.int64), fitted._bpe.expanded) + fitted.min_coef
+    assert np.array_equal(spelt, wanted.reshape(-1))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_refused(tokenizers, bad):
+    chunk = np.zeros((5, 7), np.float32)
+    chunk[2, 3] = bad
+    for t in tokenizers.values():
+        with pytest.raises(ValueError, match="1 of 35 numbers are not"):
+            t.encode(chunk)
+        for odd in (np.zeros(5), np.zeros((0, 7)), np.array([["a"]]), np.zeros((2, 2), complex)):
+            with pytest.raises(ValueError, match="action chunks must be"):
+                t.encode(odd)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**31))
+def test_batch_equals_loop(n, k, a, seed):
+    """Runs of equal coefficients included, where merges overlap; compiled and not."""
+    rng = np.random.default_rng(seed)
+    fitted = actions.fit([np.round(rng.normal(size=(9, 3)) * 0.4, 1) for _ in range(30)], vocab_size=128, scale=5.0)
+    chunks = np.where(rng.random((n, k, 1)) < 0.3, 0, np.round(rng.normal(size=(n, k, a)) * 0.4, 1)).astype(np.float32)
+    made = {}
+    for engine in (True, False):
+        with pytest.MonkeyPatch.context() as m:
+            if not engine:
+                m.setattr(bpe, "_compiled", lambda: None)
+            made[engine] = [x.tolist() for x in fitted.encode_batch(chunks)]
+            assert made[engine] == [fitted.encode(c).tolist() for c in chunks]
+    assert made[True] == made[False]
+    for t in (fitted, bins.uniform(16)):
+        ids = t.encode_batch(chunks)
+        ids[0] = ids[0][:-1]  # one that is malformed among them
+        together, valid = t.decode_batch(ids, steps=k, dims=a)
+        alone = [t.decode(i, steps=k, dims=a) for i in ids]
+        assert np.array_equal(together, np.stack([c for c, _ in alone])) and valid.tolist() == [v for _, v in alone]
+        assert not valid[0] and valid[1:].all()
+
+
+def plain_bpe(ids, merges, wall):
+    """One merge at a time: the earliest learned that applies, at its leftmost place."""
+    ids = list(ids)
+    while True:
+        found = [(merges.index(p), i) for i, p in enumerate(zip(ids, ids[1:])) if p in merges]
+        if not found:
+            return [i for i in ids if i != wall]
+        rank, at = min(found)
+        ids[at : at + 2] = [result_of(merges, rank)]
+
+
+def result_of(merges, rank):
+    return merges.results[rank]
+
+
+class Merges(list):
+    results: list
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_merging_equals_one_at_a_time(data):
+    """Any table, also one as other programs write it: where a later merge makes what an earlier one needs; with walls."""
+    alphabet, count = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 8))
+    ids = st.integers(0, alphabet + count - 1)
+    pairs = list(dict.fromkeys(data.draw(st.lists(st.tuples(ids, ids), max_size=count))))
+    merges = Merges(pairs)
+    # a result is never one of its own parts: a merge must shorten what it spells
+    merges.results = [data.draw(ids.filter(lambda r, p=p: r not in p)) for p in pairs if alphabet + count > 2]
+    if len(merges.results) < len(pairs):
+        merges, pairs = Merges(), []
+        merges.results = []
+    size = alphabet + count
+    left, right = np.array(pairs, np.int32).reshape(-1, 2).T
+    table = bpe.Bpe(size, left.copy(), right.copy(), np.array(merges.results, np.int32))
+    rows = data.draw(st.lists(st.lists(st.integers(0, size), max_size=40), min_size=1, max_size=8))
+    flat, start = actions.joined(rows)
+    want = [plain_bpe(r, merges, size) for r in rows]
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as m:
+            if not compiled:
+                m.setattr(bpe, "_compiled", lambda: None)
+            made, ends = table.encode(flat, start)
+        assert [made[a:b].tolist() for a, b in zip(ends, ends[1:])] == want
+
+
+def test_merges_are_byte_pair_encoding(fitted, engine):
     """The same merges in HF's `tokenizers` give the same ids."""
-    tokenizers = pytest.importorskip("tokenizers")
-    char = lambda i: chr(0x4E00 + i)
-    pieces = ["".join(char(c) for c in e) for e in fitted._expanded]
-    merges = [(pieces[a], pieces[b]) for a, b in fitted.merges]
-    if len(set(pieces)) != len(pieces):
-        pytest.skip("two merges spell the same piece, which HF's table cannot hold")
-    hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges))
+    hf = as_hf(fitted)
     rng = np.random.default_rng(1)
-    for _ in range(200):
-        chunk = smooth(rng, 10, 7)
-        c = np.clip(fitted.coefficients(chunk), fitted.min_coef, fitted.max_coef) - fitted.min_coef
-        assert hf.encode("".join(map(char, c))).ids == fitted.encode(chunk).tolist()
+    for k, a in ((10, 7), (15, 7), (30, 26)):
+        chunks = np.stack([smooth(rng, k, a) for _ in range(100)])
+        whole = (np.stack([coefficients(fitted, c) for c in chunks]) - fitted.min_coef).astype(int)
+        want = [hf.encode("".join(chr(0x4E00 + i) for i in row)).ids for row in whole]
+        assert [ids.tolist() for ids in fitted.encode_batch(chunks)] == want
+
+
+def as_hf(fitted):
+    tokenizers = pytest.importorskip("tokenizers")
+    spelt, start = fitted._bpe.expanded
+    pieces = ["".join(chr(0x4E00 + c) for c in spelt[a:b]) for a, b in zip(start, start[1:])]
+    assert len(set(pieces)) == len(pieces), "two merges spell the same piece, which HF's table cannot hold"
+    merges = [(pieces[a], pieces[b]) for a, b in fitted.merges]
+    return tokenizers.Tokenizer(tokenizers.models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=12), max_size=12), st.integers(6, 16))
+def test_learning_equals_counting_anew(rows, size):
+    """Pair counts kept up to date against pairs counted from scratch before each merge."""
+    flat, start = actions.joined(rows)
+    found = bpe.learn(flat.astype(np.int32), start, alphabet=6, size=size)
+    seqs = [list(r) for r in rows]
+    for left, right, new in zip(found.left, found.right, found.result):
+        counts = {}
+        for s in seqs:
+            for pair in zip(s, s[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = max(counts.values())
+        assert (left, right) == min(p for p, n in counts.items() if n == best) and best >= 2
+        for i, s in enumerate(seqs):
+            out, at = [], 0
+            while at < len(s):
+                hit = tuple(s[at : at + 2]) == (left, right)
+                out.append(int(new) if hit else s[at])
+                at += 2 if hit else 1
+            seqs[i] = out
+    if found.size < size:
+        assert all(sum(tuple(s[i : i + 2]) == p for s in seqs for i in range(len(s) - 1)) < 2 for s in seqs for p in zip(s, s[1:]))
 
 
 def test_it_compresses(fitted):
@@ -63,44 +231,100 @@ def test_it_compresses(fitted):
     assert np.mean([len(fitted.encode(smooth(rng, 16, 8))) for _ in range(50)]) < 0.7 * 16 * 8
 
 
-def test_malformed_sequences_are_reported_not_silent(fitted):
-    ids = fitted.encode(smooth(np.random.default_rng(3), 5, 7))
-    for bad in (ids[:-1], np.concatenate([ids, ids[:1]]), np.array([fitted.vocab_size]), np.zeros(0, int)):
-        back, valid = fitted.decode(bad, steps=5, dims=7)
-        assert not valid and back.shape == (5, 7) and np.isfinite(back).all()
+def test_nothing_is_remembered_between_robots(fitted):
+    """The published processor decodes with the shape of its last call; here another robot in between changes nothing."""
+    rng = np.random.default_rng(5)
+    a, b = smooth(rng, 5, 7), smooth(rng, 16, 8)
+    ids = fitted.encode(a)
+    before = fitted.decode(ids, steps=5, dims=7)
+    fitted.decode(fitted.encode(b), steps=16, dims=8)
+    assert np.array_equal(before[0], fitted.decode(ids, steps=5, dims=7)[0]) and before[1]
+    assert not fitted.decode(ids, steps=16, dims=8)[1]
 
 
-def test_clamping_is_counted_and_decodes(fitted):
-    big = np.full((16, 8), 40.0, np.float32)
-    assert fitted.clamped(big) > 0
-    assert fitted.decode(fitted.encode(big), steps=16, dims=8)[1]
+def test_malformed_sequences_are_reported_not_silent(tokenizers):
+    chunk, last = smooth(np.random.default_rng(3), 5, 7), np.arange(7, dtype=np.float32) / 10
+    for kind, t in tokenizers.items():
+        ids = t.encode(chunk)
+        good = t.decode(ids, steps=5, dims=7)[0]
+        unknown = np.insert(ids, 3, t.vocab_size)
+        for bad in (ids[:-1], np.concatenate([ids, ids[:1]]), unknown, np.append(ids, -1), np.zeros(0, int)):
+            back, valid = t.decode(bad, steps=5, dims=7)
+            assert not valid and back.shape == (5, 7) and np.isfinite(back).all(), kind
+            held, valid = t.decode(bad, steps=5, dims=7, malformed="hold", last=last)
+            assert not valid and np.array_equal(held, np.tile(last, (5, 1)))
+            with pytest.raises(actions.MalformedTokens, match="5 x 7 = 35"):
+                t.decode(bad, steps=5, dims=7, malformed="raise")
+        assert np.array_equal(t.decode(unknown, steps=5, dims=7)[0], good)  # repaired: the unknown id is passed over
+        assert np.array_equal(t.decode(np.concatenate([ids, ids]), steps=5, dims=7)[0], good)  # and what is too long is cut
+        assert np.abs(t.decode(ids[:-1], steps=5, dims=7)[0] - good).max() < 0.6  # what is left of it, not zeros
+        assert t.decode(ids, steps=5, dims=7, malformed="raise")[1]
+        with pytest.raises(ValueError, match="needs last=: the 7 numbers"):
+            t.decode(ids[:-1], steps=5, dims=7, malformed="hold")
+        with pytest.raises(ValueError, match="allowed: repair, hold, raise"):
+            t.decode(ids[:-1], steps=5, dims=7, malformed="zeros")
+        with pytest.raises(ValueError, match="whole numbers"):
+            t.decode(["a"], steps=5, dims=7)
 
 
-def test_nan_is_refused(fitted):
-    with pytest.raises(ValueError, match="finite"):
-        fitted.encode(np.full((5, 7), np.nan))
+def test_repair_keeps_the_low_frequencies(fitted):
+    """Cut short, the coefficients that are left are those of the slow motion: the repaired chunk follows the true one."""
+    chunk = smooth(np.random.default_rng(6), 16, 8)
+    ids = fitted.encode(chunk)
+    back, valid = fitted.decode(ids[: len(ids) * 2 // 3], steps=16, dims=8)
+    assert not valid and np.sqrt(np.mean((back - chunk) ** 2)) < 0.5 * np.sqrt(np.mean(chunk**2))
 
 
-def test_save_load_and_damage(fitted, tmp_path):
-    path = tmp_path / "t.json"
-    path.write_text(json.dumps(fitted.to_json()))
-    assert actions.load(path) == fitted
-    values = fitted.to_json()
-    values["scale"] = 11.0
-    with pytest.raises(UserError, match="digest"):
-        actions.from_json(values)
+def test_save_load_and_damage(tokenizers, tmp_path):
+    for kind, t in tokenizers.items():
+        path = tmp_path / f"{kind}.json"
+        files.save(t, path)
+        assert files.load(path) == t
+        values = json.loads(path.read_text())
+        assert values["format"].startswith("vla_jax.") and path.stat().st_size < 40_000
+        values["scale" if kind == "fast" else "centers"] = 11.0
+        with pytest.raises(UserError, match="digest"):
+            files.from_json(values)
+    with pytest.raises(UserError, match="cannot be read"):
+        files.load(tmp_path / "none.json")
+    for odd in ([], {}, {"format": "other"}, {"format": "vla_jax.fast.1", "digest": "x"}):
+        with pytest.raises(UserError):
+            files.from_json(odd)
+    body = {"format": actions.FORMAT, "scale": 1.0, "min_coef": 0, "max_coef": 1, "merges": [[0, 5]]}
+    with pytest.raises(UserError, match="does not exist yet"):
+        files.from_json({**body, "digest": files._digest(body)})
+    body = {"format": bins.FORMAT, "edges": [0, 1, 1], "centers": [0.5, 1]}
+    with pytest.raises(UserError, match="edges must ascend"):
+        files.from_json({**body, "digest": files._digest(body)})
 
 
 def test_vocabulary_too_small():
     with pytest.raises(UserError, match="action_vocab 4 is below"):
         actions.fit([np.ones((5, 2), np.float32)], vocab_size=4, scale=10.0)
+    with pytest.raises(UserError, match="no action chunks"):
+        actions.fit([], vocab_size=4, scale=10.0)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**31))
-def test_batch_equals_loop(n, k, a, seed):
-    """Runs of equal coefficients included, where merges overlap."""
-    rng = np.random.default_rng(seed)
-    fitted = actions.fit([np.round(rng.normal(size=(9, 3)) * 0.4, 1) for _ in range(30)], vocab_size=128, scale=5.0)
-    chunks = np.where(rng.random((n, k, 1)) < 0.3, 0, np.round(rng.normal(size=(n, k, a)) * 0.4, 1)).astype(np.float32)
-    assert [x.tolist() for x in fitted.encode_batch(chunks)] == [fitted.encode(c).tolist() for c in chunks]
+def test_uniform_bins_are_those_of_numpy():
+    t, x = bins.uniform(256), np.random.default_rng(7).uniform(-1.2, 1.2, (50, 4, 3))
+    want = np.clip(np.floor((x + 1) * 128), 0, 255).astype(int)
+    assert np.array_equal(np.stack(t.encode_batch(x)), want.reshape(50, 12))
+    back, valid = t.decode_batch(t.encode_batch(x), steps=4, dims=3)
+    assert valid.all() and np.abs(back - np.clip(x, -1, 1)).max() <= 1 / 256 + 1e-6
+
+
+def test_quantile_bins_hold_equally_many():
+    rng = np.random.default_rng(8)
+    chunks = [np.clip(rng.normal(0, 0.3, (10, 2)), -1, 1) for _ in range(300)]
+    t = bins.quantile(chunks, 64)
+    used = np.bincount(np.concatenate(t.encode_batch(np.stack(chunks))), minlength=t.vocab_size)
+    assert t.vocab_size == 64 and used.min() > 0.7 * used.mean() and used.max() < 1.3 * used.mean()
+    error = lambda t: np.abs(t.decode_batch(t.encode_batch(np.stack(chunks)), steps=10, dims=2)[0] - chunks).mean()
+    assert error(t) < error(bins.uniform(64))  # finer where the numbers are
+    assert bins.quantile([np.zeros((3, 1))]).vocab_size == 1 and bins.quantile([np.array([[0.0], [1.0]])], 4).vocab_size <= 4
+
+
+def test_state_bins_are_openpis():
+    """-1 below the range, 255 at and above its end: as numpy.digitize has it there."""
+    state = np.array([-1.5, -1.0, -0.9999, -0.0001, 0.0, 0.5, 0.9999, 1.0, 7.0], np.float32)
+    assert bins.state_text(state) == "-1 0 0 127 128 192 255 255 255"

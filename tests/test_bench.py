@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from vla_jax import cli
-from vla_jax.bench import data, data_costs, data_rates, data_sets
+from vla_jax.bench import data, data_costs, data_rates, data_sets, tokens
 from vla_jax.bench import run as bench
 from vla_jax.data import images
+from vla_jax.tokens import actions
 from vla_jax.types import UserError
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="bench data pins processes to cores")
@@ -113,6 +114,24 @@ def test_mapped_pages_are_those_of_the_folder(tmp_path):
     held = np.load(tmp_path / "x.npy", mmap_mode="r")
     held.sum()
     assert before == 0 and 16 * page <= data_costs._mapped_kb(tmp_path) * 1000 <= 18 * page
+
+
+def test_tokens_beside_hfs_tokenizers():
+    """Both engines, ids checked against HF's in the run itself; a wrong id ends it."""
+    pytest.importorskip("tokenizers")
+    lines = [
+        line
+        for shape in ((5, 7), (9, 3))
+        for line in tokens._shape(
+            actions.fit(list(tokens._chunks(np.random.default_rng(0), 200, *shape)), vocab_size=300, scale=10.0),
+            tokens._chunks(np.random.default_rng(1), 50, *shape),
+            2,
+        )
+    ]
+    assert {(line["what"], line["engine"]) for line in lines} >= {("encode", "numpy"), ("decode", "numba")}
+    for line in lines:
+        assert line["times_hf"] == pytest.approx(line["ours_per_s"] / line["hf_per_s"], rel=0.02)
+    assert len(tokens.table(lines).splitlines()) == len(lines) + 1
 
 
 @needs_affinity

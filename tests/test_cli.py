@@ -1,6 +1,7 @@
 """Every command that only looks, as a person calls it, on the real sample."""
 
 import json
+import sys
 
 import pytest
 
@@ -31,8 +32,21 @@ def test_data_commands(capsys, where):
 
 def test_tokens_commands(capsys, real_data, tmp_path):
     here = ["--config=configs/debug.py:bridge", f"--config.data.root={real_data}", f"--config.data.index_dir={tmp_path / 'ix'}"]
-    assert "ratio" in out(capsys, "tokens", "inspect", *here)
-    assert "vocabulary 24 " in out(capsys, "tokens", "fit", *here, f"--out={tmp_path / 't.json'}")
-    fitted = out(capsys, "tokens", "inspect", *here, f"--config.tokens.action_path={tmp_path / 't.json'}")
-    assert fitted == out(capsys, "tokens", "inspect", *here)
+    shown = out(capsys, "tokens", "inspect", *here)
+    assert "fast 24 x4" in shown and "bins 256" in shown and "quantile" in shown and "dx m" in shown
+    fit = out(capsys, "tokens", "fit", *here, f"--out={tmp_path / 't.json'}")
+    assert "fast 24 x4, " in fit and "valid" in fit
+    assert out(capsys, "tokens", "inspect", *here, f"--config.tokens.action_path={tmp_path / 't.json'}") == shown
     assert cli.main(["tokens", "fit", *here, f"--out={tmp_path / 't.json'}"]) == 2  # never written over
+    files = [f"--json={tmp_path / 't.table'}", f"--plot={tmp_path / 't.png'}"]
+    room = ["--config.tokens.action_vocab=512", "--config.tokens.action_scale=10", "--config.pack.targets=200"]
+    swept = out(capsys, "tokens", "inspect", *here, *room, "--sweep", *files)
+    rows = json.loads((tmp_path / "t.table").read_text())
+    assert {r["tokenizer"].split()[-1] for r in rows if r["tokenizer"].startswith("fast")} == {"x5", "x10", "x20"}
+    assert all(r["tokenizer"] in swept for r in rows) and (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_tokens_refuses_without_its_peers(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert cli.main(["bench", "tokens"]) == 2
+    assert "tokenizers is not installed" in capsys.readouterr().err

@@ -353,7 +353,7 @@ def test_what_is_drawn_is_what_was_recorded(indexes, tmp_path, monkeypatch):
     assert inside > 0  # somewhere the quantiles are not the extremes
     surveyed, opened = survey.take(alone(ix), [ix], config.Config())
     frames = opened.frames[0].spread(1024)
-    words = [len(opened.layout.text.encode(opened.layout.prompt(ix.card.name, ix.instructions(f)[0]))) for f in frames.tolist()]
+    words = [len(opened.layout.text.encode(opened.prompt(0, ix.instructions(f)[0], None).text)) for f in frames.tolist()]
     tokens = [len(opened.layout.action.encode(chunk)) for chunk in opened.chunks(0, frames)[0]]
     ((title, _),) = [(label, a) for label, a in shown.items() if label.startswith("FAST tokens")]
     for label, want in ((title, tokens), ("Text tokens of a prompt", words), ("Length of an episode", np.diff(ix.episode_start))):

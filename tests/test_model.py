@@ -1,6 +1,7 @@
 """Counts, packing and decoding of the model. Everything in float32, tiny sizes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from vla_jax import tree
 from vla_jax.data import feed
 from vla_jax.models import decode, presets, vla
+from vla_jax.tokens import grammar
 from vla_jax.types import Batch, UserError
 
 assert feed  # registers Batch as a pytree
@@ -116,38 +118,36 @@ def test_cached_greedy_decoding_equals_teacher_forcing(cfg, params):
     # sharp attention, so that a position that is off by one changes what is chosen
     params = jax.tree_util.tree_map_with_path(lambda path, p: p * 12 if "q_einsum" in jax.tree_util.keystr(path) else p, params)
     rng = np.random.default_rng(3)
-    first, last, eos, steps = 200, 280, 1, 12
-    lengths = rng.integers(1, 4, last - first).astype(np.int32)
-    lengths[0] = 1  # any budget can be used up
+    # action ids in descending order, some of which end within a number, and words before and behind: all that a layout may ask for
+    count = rng.integers(0, 3, (2, 80)).astype(np.int32)
+    after = rng.choice(np.array([-1, 0, 1, 1, 1], np.int32), (2, 80))
+    after[:, 0], count[:, 0] = 0, 1  # any budget can be used up
+    count[(count == 0) & ((after == 0) | (np.arange(2)[:, None] == 1))] = 1  # and each id leads on
+    language = decode.Language(np.arange(280, 200, -1, dtype=np.int32), after, count, opening=(5, 9), closing=(7, 1))
+    walk = grammar.Grammar(after, count)
     prefixes = [row(cfg, rng, n, prefix=n) for n in (9, 13, 11)]
     budget = np.array([10, 7, 4], np.int32)
-    ids, ended = decode.generate(
-        cfg,
-        params,
-        batch_of(cfg, [[p] for p in prefixes], 16),
-        steps=steps,
-        lengths=lengths,
-        budget=budget,
-        first=first,
-        last=last,
-        eos=eos,
-    )
-    table = np.asarray(vla.embedding(params))
+    batch = batch_of(cfg, [[p] for p in prefixes], 16)
+    ids, ended = decode.generate(cfg, params, batch, steps=language.longest(10), language=language, budget=budget)
+    table, inside, apply = np.asarray(vla.embedding(params)), 0, jax.jit(functools.partial(vla.apply, cfg))
     assert np.asarray(ended).all()
     for i, (tokens, block, image, state) in enumerate(prefixes):
-        made, left = np.asarray(ids[i]), int(budget[i])
-        for t, token in enumerate(made):
-            if left == 0:
-                assert (made[t:] == eos).all()
+        made, left, at = np.asarray(ids[i]), int(budget[i]), 0
+        assert made[:2].tolist() == [5, 9]
+        for t, token in enumerate(made[2:], 2):
+            if left == 0 and at == 0:
+                assert made[t : t + 2].tolist() == [7, 1] and (made[t + 1 :] == 1).all()
                 break
             seen = np.concatenate([tokens, made[:t]]).astype(np.int32)
             blocks = np.concatenate([block, np.arange(1, t + 1)]).astype(np.int32)
-            h = np.asarray(vla.apply(cfg, params, batch_of(cfg, [[(seen, blocks, image, state)]], 32)))[0, len(seen) - 1]
-            scores = np.where(lengths <= left, h @ table[first:last].T, -np.inf)
-            best = scores.argmax() + first
-            assert token == best or scores[best - first] - scores[token - first] < 1e-4
-            left -= lengths[token - first]
-        assert left == 0
+            h = np.asarray(apply(params, batch_of(cfg, [[(seen, blocks, image, state)]], 64)))[0, len(seen) - 1]
+            scores = np.where(walk.allowed(at, left), h @ table[language.ids].T, -np.inf)
+            chosen = int(280 - token)
+            assert chosen == scores.argmax() or scores.max() - scores[chosen] < 1e-4
+            at, left = int(after[at, chosen]), left - int(count[at, chosen])
+            inside += at
+        assert (left, at) == (0, 0)
+    assert inside  # a number was left unfinished at some token
 
 
 def test_chunked_loss_equals_plain_log_softmax():

@@ -9,6 +9,7 @@ import pytest
 from vla_jax import demo, tree
 from vla_jax.deploy import export, policy, rollout
 from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
+from vla_jax.tokens import actions
 from vla_jax.train import checkpoint, loop
 from vla_jax.types import UserError
 
@@ -65,6 +66,40 @@ def test_policy_undoes_what_the_data_side_did(exported):
         - 1
     )
     np.testing.assert_allclose(robot._request(obs).state, np.clip(state, -1.5, 1.5), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["tokens.layout=openpi", "tokens.state=text", "tokens.text_model=default", "tokens.action_vocab=64", "tokens.limit=250"],
+        ["tokens.action=quantile", "tokens.action_vocab=32", "tokens.state=none", "tokens.describe=true"],
+    ],
+    ids=["openpi", "quantile"],
+)
+def test_every_way_of_tokens_from_training_to_acting(tiny, tmp_path, settings):
+    """One step, export, a well-formed chunk for each robot: what was fitted and how it is laid out travels along."""
+    run = loop.prepare(tiny("train.steps=1", "pack.length=192", "pack.targets=192", *settings), tmp_path / "run")
+    loop.train(run, quiet=True)
+    found = policy.load_all(export.export(tmp_path / "run", tmp_path / "out"))
+    assert len(found) == 3
+    for name, robot in found.items():
+        assert robot.layout == run.source.layout and robot.layout.action == run.source.layout.action
+        ((chunk, valid),) = robot.act([TabletopEnv(name).reset(EVAL_SEED)], malformed="raise")
+        assert valid and chunk.shape == (robot.steps, len(robot.card.action.dims)) and np.isfinite(chunk).all()
+
+
+def test_what_a_caller_gets_for_a_malformed_chunk(exported, monkeypatch):
+    _, _, out = exported
+    robot = policy.Policy.load(out, robot="tabletop_arm")
+    obs = TabletopEnv("tabletop_arm").reset(EVAL_SEED)
+    monkeypatch.setattr(type(robot.layout), "action_tokens", lambda self, ids: np.array([-1]))  # as if the model had said nothing
+    assert not robot.act([obs])[0][1]
+    with pytest.raises(actions.MalformedTokens):
+        robot.act([obs], malformed="raise")
+    with pytest.raises(ValueError, match="needs last_action"):
+        robot.act([obs], malformed="hold")
+    ((chunk, valid),) = robot.act([{**obs, "last_action": np.array([0.05, -0.02, 1.0])}], malformed="hold")
+    assert not valid and np.allclose(chunk, [0.05, -0.02, 1.0], atol=1e-6)
 
 
 def test_policy_acts_in_a_process_that_never_trained(exported):

@@ -142,8 +142,9 @@ def test_packed_rows_hold_what_tfds_reads(real_data, tmp_path, processes):
                         assert np.allclose(chunk[inside], want[inside], atol=2e-5) and inside.mean() > 0.5
                         assert batch.action_mask[row, g, :, 0].tolist() == [i < len(later) for i in range(src.steps(0))]
                         tokens = batch.tokens[row][(batch.segment[row] == g + 1) & (batch.block[row] == 0)]
-                        prompt = src.layout.prompt("bridge_dataset", step["language_instruction"].decode())
-                        ids = src.layout.text.encode(prompt)
+                        said = " ".join(step["language_instruction"].decode().lower().split())
+                        space = "3 m delta base, 3 rad delta base, 1 binary ee"
+                        ids = src.layout.text.encode(f"bridge_dataset, 5 Hz, {src.steps(0)} steps of {space}: {said}\n")
                         assert tokens[-len(ids) :].tolist() == list(ids)
                         seen += 1
     assert seen > 50

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import itertools
 import json
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from vla_jax.data import augment, pack, source, stream
 from vla_jax.data.stream import Stream, initial_state
-from vla_jax.types import IMAGE, UserError
+from vla_jax.types import IMAGE, STATE, UserError
 
 
 @settings(max_examples=200, deadline=None)
@@ -224,6 +225,30 @@ def test_samples_too_long_for_a_row_are_bad_samples_too(opened, monkeypatch):
         with Stream(narrow) as s, pytest.raises(UserError, match="too long for a row"):
             for _ in range(200):
                 next(s)
+
+
+def test_samples_whose_text_is_cut_are_counted_by_dataset(opened):
+    """None silently, none twice, and each dataset its own."""
+    layout = dataclasses.replace(opened.layout, describe=True)  # so that prompts of three lengths are there
+    opened = dataclasses.replace(
+        opened, config=dataclasses.replace(opened.config, pack=dataclasses.replace(opened.config.pack, length=384))
+    )
+    opened = dataclasses.replace(opened, layout=layout)
+    said = lambda item: item.sequence.prefix - np.isin(item.sequence.tokens, (IMAGE, STATE)).sum()
+    limit = sorted({int(said(item)) for item in opened.draw(np.arange(200))})[-2]
+    cut = dataclasses.replace(opened, layout=dataclasses.replace(layout, limit=limit))
+    seen: collections.Counter = collections.Counter()
+    with Stream(cut) as s:
+        for _ in range(6):
+            batch, _ = next(s)
+            for number in batch.sample_id[batch.sample_id >= 0].tolist():
+                (item,), (whole,) = cut.draw(np.array([number])), opened.draw(np.array([number]))
+                seen[cut.names[item.dataset]] += item.sequence.cut > 0
+                assert item.sequence.cut == whole.sequence.length - item.sequence.length
+        assert +s.truncated == +seen and set(+seen) == {"tabletop_bimanual"} and sum(s.truncated.values()) < sum(s.drawn.values())
+    with Stream(opened) as s:
+        next(s)
+        assert not s.truncated
 
 
 # One host as a process of its own: takes some batches from a state in a file, and writes what it saw and the state after.

@@ -58,11 +58,15 @@ class Pack:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    text_model: str = ""  # SentencePiece .model; empty: data/text/default.model
-    action_vocab: int = 512  # FAST vocabulary, fitted on the training episodes of the mixture
+    layout: str = "native"  # native | openpi (pi0-FAST's convention); see tokens/sequence.py
+    text_model: str = ""  # SentencePiece .model; empty: this project's default one; tiny: its small one
+    action: str = "fast"  # fast | bins (of one width) | quantile (bins that hold equally many numbers)
+    action_vocab: int = 512  # of what is fitted on the training episodes of the mixture: FAST's vocabulary, or the number of bins
     action_scale: float = 10.0  # DCT coefficients are rounded after multiplying by this
-    action_path: str = ""  # a fitted tokenizer (JSON); empty: fit one, kept in the workdir
-    state: str = "continuous"  # continuous (one projected token) | none
+    action_path: str = ""  # a fitted tokenizer (JSON), or the folder of a published FAST one; empty: fit one, kept in the workdir
+    state: str = "continuous"  # continuous (one projected token) | text (bins in the prompt) | none
+    describe: bool = True  # layout native: say control rate and action space in the prompt, not the robot's name alone
+    limit: int = 0  # most text tokens: of the prompt (native) or of prompt and actions (openpi; there 250); 0: as many as there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +114,9 @@ _RANGES = {
     "augment.contrast": (0.0, 1.0),
     "augment.saturation": (0.0, 1.0),
     "augment.hue": (0.0, 0.5),
+    "tokens.action_vocab": (2, 65536),
     "tokens.action_scale": (1e-3, 1e6),
+    "tokens.limit": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
     "mesh.tensor": (-1, math.inf),
@@ -147,6 +153,9 @@ class Config:
         for key, value, allowed in (
             ("data.resize", self.data.resize, ("linear", "antialias")),
             ("augment.where", self.augment.where, ("host", "device")),
+            ("tokens.layout", self.tokens.layout, ("native", "openpi")),
+            ("tokens.action", self.tokens.action, ("fast", "bins", "quantile")),
+            ("tokens.state", self.tokens.state, ("continuous", "text", "none")),
         ):
             if value not in allowed:
                 raise UserError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: a table, and a picture."""
+"""Pictures for people, and the demo's table at its end."""
 
 from __future__ import annotations
 
@@ -71,3 +71,45 @@ def picture(run: Path, errors: dict, dims: dict[str, list[str]], trained: dict, 
     figure.savefig(out, dpi=70)
     plt.close(figure)
     return out
+
+
+def tokens_picture(rows: list[dict], out: Path) -> Path:
+    """Error against length of the tokenizers in rows of data.tokenization.measure, a panel per dataset."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(r["dataset"] for r in rows))
+    columns = min(3, len(names))
+    deep = -(-len(names) // columns)
+    figure, axes = plt.subplots(deep, columns, figsize=(1.5 + 4.5 * columns, 1 + 3.6 * deep), layout="constrained", squeeze=False)
+    kinds = {k: i for i, k in enumerate(sorted({_kind(r) for r in rows}, key=lambda k: (not k.startswith("fast"), len(k), k)))}
+    for axis, name in zip(axes.flat, names):
+        mine = [r for r in rows if r["dataset"] == name]
+        for kind, i in kinds.items():
+            points = sorted((r["tokens"], r["rmse"], r["vocab"]) for r in mine if _kind(r) == kind)
+            if points:
+                x, y, vocab = zip(*points)
+                axis.plot(x, y, "s" if "x" not in kind else "o-", color=f"C{i}", markersize=6, label=kind)
+                for point in points:
+                    axis.annotate(str(point[2]), point[:2], textcoords="offset points", xytext=(4, 5), fontsize=7, color="0.35")
+        steps, dims = mine[0]["chunk"]
+        axis.set(title=f"{name}: {steps} x {dims} numbers", xlabel="tokens a chunk", ylabel="rmse, normalised", yscale="log", xscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.margins(0.15)
+        for along in (axis.xaxis, axis.yaxis):
+            along.set_major_formatter("{x:g}")
+            along.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else ""))
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle("beside each point: ids in the vocabulary", fontsize=9)
+    figure.savefig(out, dpi=90)
+    plt.close(figure)
+    return out
+
+
+def _kind(row: dict) -> str:
+    """`fast x10` of `fast 1024 x10`."""
+    return " ".join(part for part in row["tokenizer"].split() if not part.isdigit())

@@ -107,14 +107,32 @@ class TrainState:
 
 
 class ActionTokenizer(Protocol):
-    """Normalised action chunks in [-1, 1] to token ids and back."""
+    """Normalised action chunks in about [-1, 1] to token ids and back, for any number of steps and dimensions: both are said at each
+    call and never remembered. Implemented by tokens.actions (FAST), tokens.published (FAST as published) and tokens.bins."""
 
     vocab_size: int
+    grammar: Any  # tokens.grammar.Grammar: which ids may follow
 
     def encode(self, chunk: np.ndarray) -> np.ndarray:
-        """f32[k a] -> i32[t]."""
+        """[k a] of any real dtype -> i32[t]. Raises: ValueError for NaN, infinity or another rank."""
         ...
 
-    def decode(self, ids: np.ndarray, *, steps: int, dims: int) -> tuple[np.ndarray, bool]:
-        """i32[t] -> (f32[steps dims], whether the sequence was well formed)."""
+    def encode_batch(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """[n k a] -> n times i32[t], the same as one by one."""
+        ...
+
+    def clamps(self, chunks: np.ndarray) -> tuple[int, int]:
+        """How many numbers of chunks [n k a] (coefficients, for FAST) lie (below, above) what can be written, and are clamped."""
+        ...
+
+    def decode(self, ids: np.ndarray, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, bool]:
+        """i32[t] -> (f32[steps dims], whether the sequence was well formed). malformed: repair, hold (`last` f32[dims]) or raise."""
+        ...
+
+    def decode_batch(self, ids, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, np.ndarray]:
+        """n times i32[t] -> (f32[n steps dims], valid bool[n]), the same as one by one."""
+        ...
+
+    def to_json(self) -> dict:
+        """All of it; tokens.files adds the digest."""
         ...

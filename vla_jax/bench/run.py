@@ -30,6 +30,14 @@ def data(root: str, *, repeats: int, **options) -> Iterator[dict]:
         yield {"bench": "data", **line, "repeats": repeats, **stamp()}
 
 
+def tokens(*, repeats: int) -> Iterator[dict]:
+    """Action tokenizers. Yields results as they come. Raises: UserError when what they are measured beside is not installed."""
+    from vla_jax.bench import tokens as measured
+
+    for line in measured.run(repeats=repeats):
+        yield {"bench": "tokens", **line, "repeats": repeats, **stamp()}
+
+
 def stamp() -> dict:
     """When, on what and with which code."""
     here = Path(__file__).parent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,9 @@ from vla_jax.data import build, mixture, pack, sample, stats
 from vla_jax.data.augment import Augmenter
 from vla_jax.data.index import StepIndex
 from vla_jax.data.mixture import Sampler
-from vla_jax.tokens import actions, text
-from vla_jax.tokens.sequence import Layout
-from vla_jax.types import Stats, UserError
+from vla_jax.tokens import actions, bins, files, text
+from vla_jax.tokens.sequence import Embodiment, Layout, Prompt
+from vla_jax.types import ActionTokenizer, Stats, UserError
 
 _FIT_CHUNKS = 8192  # drawn from the mixture to fit the action tokenizer
 
@@ -42,36 +42,44 @@ def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path |
     statistics = [stats.compute(ix, config.data.holdout) for ix in indexes]
     words = text.load(config.tokens.text_model)
     path = Path(config.tokens.action_path) if config.tokens.action_path else tokenizer_path
-    fitted = actions.load(path) if path and path.is_file() and (config.tokens.action_path or not refit) else None
+    there = path is not None and path.exists()
+    fitted = files.load(path) if there and (config.tokens.action_path or not refit) else None
     if fitted is None and config.tokens.action_path:
         raise UserError(f"tokens.action_path {path} does not exist. Fit one with `vla-jax tokens fit`, or leave it empty.")
     build = lambda action: Source.make(
         config,
         indexes,
         statistics,
-        Layout(words, action, tokens_per_image, config.tokens.state == "continuous"),
+        Layout.of(config.tokens, words, action, tokens_per_image),
         weights=mix.weights,
         times_size=mix.weight == "times_size",
     )
     if fitted is None:
         fitted = fit_tokenizer(build(None), config)
         if path and distributed.is_main():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")  # renamed when whole: another host may be reading
-            partial.write_text(json.dumps(fitted.to_json()))
-            partial.replace(path)
+            files.save(fitted, path)
     source = build(fitted)
     source.check_fit()
     return source
 
 
-def fit_tokenizer(source: Source, config: Config) -> actions.FastTokenizer:
-    """FAST on normalised training chunks drawn as training will draw them; the same on every host."""
-    dataset, _, place = source.sampler.draw(np.arange(min(_FIT_CHUNKS, sum(map(len, source.frames)))))
+def fit_chunks(source: Source, most: int = _FIT_CHUNKS) -> list[np.ndarray]:
+    """Normalised training chunks f32[k a], drawn as training will draw them; the same on every host."""
+    dataset, _, place = source.sampler.draw(np.arange(min(most, sum(map(len, source.frames)))))
     chunks = []
     for d in range(len(source.indexes)):
         chunks += list(source.chunks(d, source.frames[d][place[dataset == d]])[0])
-    return actions.fit(chunks, vocab_size=config.tokens.action_vocab, scale=config.tokens.action_scale)
+    return chunks
+
+
+def fit_tokenizer(source: Source, config: Config) -> ActionTokenizer:
+    """The kind that tokens.action names, fitted on the mixture. Raises: UserError."""
+    t = config.tokens
+    if t.action == "fast":
+        return actions.fit(fit_chunks(source), vocab_size=t.action_vocab, scale=t.action_scale)
+    if t.action == "bins":
+        return bins.uniform(t.action_vocab)
+    return bins.quantile(fit_chunks(source), t.action_vocab)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +197,14 @@ class Source:
         c = self.config.data
         return sample.chunk_steps(self.indexes[dataset].card.control_hz, c.chunk_s, c.max_chunk)
 
+    @functools.cached_property
+    def robots(self) -> tuple[Embodiment, ...]:
+        return tuple(Embodiment(ix.card.name, ix.card.control_hz, self.steps(d), ix.card.action.dims) for d, ix in enumerate(self.indexes))
+
+    def prompt(self, dataset: int, instruction: str, state: np.ndarray) -> Prompt:
+        """state: f32[history * s] normalised."""
+        return self.layout.prompt(self.robots[dataset], instruction, state)
+
     def fingerprint(self) -> str:
         return self.sampler.fingerprint([ix.digest for ix in self.indexes])
 
@@ -223,7 +239,7 @@ class Source:
         changes = self.augmenter.changes(numbers) if self.augmenter else [None] * len(frames)
         out = []
         for i, (frame, number) in enumerate(zip(frames.tolist(), numbers.tolist())):
-            prompt = self.layout.prompt(ix.card.name, sample.instruction(ix, frame, self.sampler.seed, number))
+            prompt = self.prompt(dataset, sample.instruction(ix, frame, self.sampler.seed, number), states[i])
             sequence = self.layout.build(images=len(pictures[i]), prompt=prompt, action_tokens=tokens[i])
             out.append(pack.Item(number, dataset, frame, sequence, pictures[i], states[i], chunks[i], masks[i], changes[i]))
         return out
@@ -255,31 +271,3 @@ class Source:
             resize=c.resize,
             seed=self.sampler.seed,
         )
-
-
-def token_report(source: Source, *, chunks: int = 512) -> list[dict]:
-    """Per dataset, over evenly spaced training chunks: tokens, how often coefficients were clamped, error in robot units."""
-    out, action = [], source.layout.action
-    for d, ix in enumerate(source.indexes):
-        lengths, errors, clamped = [], [], []
-        for chunk, mask in zip(*source.chunks(d, source.frames[d].spread(chunks))):
-            ids = action.encode(chunk)
-            back, _ = action.decode(ids, steps=len(chunk), dims=chunk.shape[1])
-            undo = source.normalizers[d]["action"].denormalize
-            lengths.append(len(ids))
-            errors.append(np.abs(undo(back) - undo(chunk))[mask])
-            clamped.append(action.clamped(chunk))
-        worst = np.concatenate(errors).mean(axis=0)
-        out.append(
-            {
-                "dataset": ix.card.name,
-                "numbers": chunk.size,
-                "tokens": f"{np.mean(lengths):.1f}",
-                "p95": int(np.quantile(lengths, 0.95)),
-                "max": max(lengths),
-                "ratio": f"{chunk.size / np.mean(lengths):.2f}",
-                "clamped": f"{np.mean(clamped):.4f}",
-                "error": " ".join(f"{dim.name}={e:.2g}{dim.unit if dim.unit != '1' else ''}" for dim, e in zip(ix.card.action.dims, worst)),
-            }
-        )
-    return out

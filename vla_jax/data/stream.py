@@ -41,7 +41,8 @@ class Stream:
     """Iterator over (Batch, state after it) of this host's share of each global batch. Use as a context manager.
 
     state: i64[groups of this host, 1 + most]: the group's next draw, then its waiting samples' numbers (-1: none).
-    `skipped` counts samples passed over, by (dataset, cause); `drawn` all samples, by dataset.
+    `skipped` counts samples passed over, by (dataset, cause); `drawn` all samples, by dataset; `truncated` those of them whose text
+    was longer than tokens.limit and was cut.
     """
 
     def __init__(self, source: Source, *, process: int = 0, processes: int = 1, state: np.ndarray | None = None):
@@ -61,6 +62,7 @@ class Stream:
         self.mine = range(process * share, (process + 1) * share)
         self.skipped: collections.Counter = collections.Counter()
         self.drawn: collections.Counter = collections.Counter()
+        self.truncated: collections.Counter = collections.Counter()
         self._state = initial_state(source.config)[self.mine.start : self.mine.stop] if state is None else np.array(state, np.int64)
         self._prepared: dict[int, Item] = {}
         self._reached = {g: int(s[0]) for g, s in zip(self.mine, self._state)}  # draws taken, by group
@@ -139,6 +141,7 @@ class Stream:
         there = pending.batch.dataset
         for dataset, n in enumerate(np.bincount(there[there >= 0])):
             self.drawn[self.source.names[dataset]] += int(n)
+        self.truncated.update(self.source.names[item.dataset] for row in pending.rows for item in row if item.sequence.cut)
         if not bad:
             return pending.batch
         for dataset, cause in bad.values():

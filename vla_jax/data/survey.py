@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 
 from vla_jax.config import Config
-from vla_jax.data import source, stats
+from vla_jax.data import sample, source, stats
 from vla_jax.data.index import StepIndex
 from vla_jax.data.mixture import BLOCK, Mixture
 from vla_jax.data.source import Source
-from vla_jax.tokens import actions, text
+from vla_jax.tokens import files, text
 from vla_jax.tokens.sequence import Layout
 from vla_jax.types import Dim, Stats, UserError
 
@@ -101,12 +101,12 @@ def take(mix: Mixture, indexes: list[StepIndex], config: Config) -> tuple[list[S
     statistics = [stats.compute(ix, config.data.holdout) for ix in indexes]
     words, fault = text.load(config.tokens.text_model), ""
     make = lambda action: Source.make(
-        config, indexes, statistics, Layout(words, action, 0, False), weights=mix.weights, times_size=mix.weight == "times_size"
+        config, indexes, statistics, Layout.of(config.tokens, words, action, 0), weights=mix.weights, times_size=mix.weight == "times_size"
     )
     opened = make(None)
     try:
         given = config.tokens.action_path
-        opened = make(actions.load(given) if given else source.fit_tokenizer(opened, config))
+        opened = make(files.load(given) if given else source.fit_tokenizer(opened, config))
     except UserError as e:
         fault = str(e)
     frames = sum(map(len, opened.frames))
@@ -196,7 +196,11 @@ def _language(ix: StepIndex) -> tuple[int, list[tuple[str, int]]]:
 
 def _lengths(opened: Source, d: int) -> tuple[np.ndarray, np.ndarray]:
     frames, layout = opened.frames[d].spread(_TOKENIZED), opened.layout
-    said = [layout.prompt(opened.names[d], (opened.indexes[d].instructions(f) or ("",))[0]) for f in frames.tolist()]
+    states = opened.normalizers[d]["state"].normalize(sample.states(opened.indexes[d], frames, opened.config.data.history))
+    said = [
+        opened.prompt(d, (opened.indexes[d].instructions(f) or ("",))[0], state.reshape(-1)).text
+        for f, state in zip(frames.tolist(), states)
+    ]
     known = {p: len(layout.text.encode(p)) for p in set(said)}
     tokens = [len(t) for t in layout.action.encode_batch(opened.chunks(d, frames)[0])] if layout.action else []
     return np.array(tokens, np.int64), np.array([known[p] for p in said], np.int64)

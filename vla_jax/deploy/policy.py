@@ -14,8 +14,8 @@ from vla_jax.data.stats import Normalizer
 from vla_jax.deploy import export
 from vla_jax.models import presets
 from vla_jax.models.act import Actor, Request
-from vla_jax.tokens import actions, text
-from vla_jax.tokens.sequence import Layout
+from vla_jax.tokens import files, text
+from vla_jax.tokens.sequence import Embodiment, Layout
 from vla_jax.types import UserError
 
 
@@ -59,15 +59,19 @@ class Policy:
             "action": {"steps": self.steps, "dims": [dataclasses.asdict(d) for d in self.card.action.dims]},
         }
 
-    def act(self, observations: list[dict]) -> list[tuple[np.ndarray, bool]]:
+    def act(self, observations: list[dict], *, malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
         """Each {"images": {view: u8[h w 3]}, "state": f32[s] (with a history of t steps f32[t s]), "prompt": str} -> (actions f32[steps a], well formed).
 
-        Binary dimensions come back as exactly 0 or 1. Raises: ValueError naming what was expected.
+        malformed: what comes back where the tokens are no chunk: repair (the nearest one), hold ("last_action" f32[a] of the
+        observation, in robot units, repeated) or raise. Binary dimensions come back as exactly 0 or 1.
+        Raises: ValueError naming what was expected; tokens.actions.MalformedTokens.
         """
+        if malformed == "hold" and any("last_action" not in o for o in observations):
+            raise ValueError("malformed='hold' needs last_action in every observation")
         requests = [self._request(o) for o in observations]
         binary = np.array([d.kind == "binary" for d in self.card.action.dims])
         out = []
-        for chunk, valid in self.actor(requests):
+        for chunk, valid in self.actor(requests, malformed):
             chunk = self.action.denormalize(chunk)
             out.append((np.where(binary, chunk > 0.5, chunk).astype(np.float32), valid))
         return out
@@ -90,20 +94,19 @@ class Policy:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"image {view!r} must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
             pixels.append(images.resize(image, self.image_size, self.resize))
-        prompt = self.layout.prompt(self.card.name, str(observation["prompt"]))
-        return Request(pixels, self.state.normalize(state).reshape(-1), prompt, self.steps, len(self.card.action.dims))
+        state, dims = self.state.normalize(state).reshape(-1), self.card.action.dims
+        prompt = self.layout.prompt(Embodiment(self.card.name, self.card.control_hz, self.steps, dims), str(observation["prompt"]), state)
+        last = observation.get("last_action")
+        last = None if last is None else self.action.normalize(np.asarray(last, np.float32))
+        return Request(pixels, state, prompt, self.steps, len(dims), last)
 
 
 def load_all(folder: str | Path) -> dict[str, Policy]:
     """Every robot of an export, sharing one set of weights. Raises: UserError."""
     body, params, folder = export.read(folder)
     config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
-    layout = Layout(
-        text.load(str(folder / "text.model")),
-        actions.load(folder / "action_tokenizer.json"),
-        presets.tokens_per_image(config.model.preset, config.data.image_size),
-        config.tokens.state == "continuous",
-    )
+    words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
+    layout = Layout.of(config.tokens, words, action, presets.tokens_per_image(config.model.preset, config.data.image_size))
     cfg = presets.resolve(
         config.model.preset,
         vocab=body["vocab"],

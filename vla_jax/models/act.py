@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from vla_jax.models import decode
+from vla_jax.models.decode import Language
 from vla_jax.models.presets import VLAConfig
-from vla_jax.tokens.sequence import Layout
+from vla_jax.tokens.sequence import Layout, Prompt
 from vla_jax.types import PAD, Batch
 
 _MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are compiled
@@ -19,13 +20,14 @@ _MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are c
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One observation: images u8[h w 3] in the order of the card's views, state f32[s] normalised, the full prompt,
-    and the shape (steps, dims) of the wanted chunk."""
+    the shape (steps, dims) of the wanted chunk, and the action done last, f32[dims] normalised, if that is known."""
 
     images: list[np.ndarray]
     state: np.ndarray
-    prompt: str
+    prompt: Prompt
     steps: int
     dims: int
+    last: np.ndarray | None = None
 
 
 class Actor:
@@ -33,28 +35,20 @@ class Actor:
 
     def __init__(self, cfg: VLAConfig, layout: Layout, params: dict):
         self.cfg, self.layout, self.params = cfg, layout, params
-        first = layout.action_offset
-        self._generate = jax.jit(
-            functools.partial(
-                decode.generate,
-                cfg,
-                lengths=layout.action.lengths,
-                first=first,
-                last=first + layout.action.vocab_size,
-                eos=layout.text.eos,
-            ),
-            static_argnames=("steps",),
-        )
+        self.language = Language.of(layout)
+        self._generate = jax.jit(functools.partial(decode.generate, cfg, language=self.language), static_argnames=("steps",))
 
-    def __call__(self, requests: list[Request]) -> list[tuple[np.ndarray, bool]]:
-        """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk)."""
+    def __call__(self, requests: list[Request], malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
+        """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk). What comes back where
+        they were not is as `malformed` says (tokens.actions: repair, hold, raise)."""
         rows = 1 << (len(requests) - 1).bit_length()  # few batch sizes are compiled
         budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
-        ids, ended = self._generate(self.params, self._batch(requests, rows), budget=budget, steps=int(budget.max()) + 1)
+        steps = self.language.longest(int(budget.max()))
+        ids, ended = self._generate(self.params, self._batch(requests, rows), budget=budget, steps=steps)
         out = []
-        for i, request in enumerate(requests):
-            tokens = self.layout.action_ids(np.asarray(ids[i]))
-            chunk, valid = self.layout.action.decode(tokens, steps=request.steps, dims=request.dims)
+        for i, r in enumerate(requests):
+            tokens = self.layout.action_tokens(np.asarray(ids[i]))
+            chunk, valid = self.layout.action.decode(tokens, steps=r.steps, dims=r.dims, malformed=malformed, last=r.last)
             out.append((chunk, valid and bool(ended[i])))
         return out
 
@@ -67,7 +61,8 @@ class Actor:
         state = np.zeros((rows, 1, max(self.cfg.state_dim, 1)), np.float32)
         for i, (request, prefix) in enumerate(zip(requests, prefixes)):
             tokens[i, : len(prefix)], segment[i, : len(prefix)] = prefix, 1
-            state[i, 0, : len(request.state)] = request.state
+            if self.cfg.state_dim:
+                state[i, 0, : len(request.state)] = request.state
             for j, image in enumerate(request.images):
                 images[i, j] = image
         position = np.broadcast_to(np.arange(n, dtype=np.int32), (rows, n))

@@ -2,48 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vla_jax.models import vla
 from vla_jax.models.presets import VLAConfig
+from vla_jax.tokens.sequence import Layout
 from vla_jax.types import Batch
 
 
-def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, lengths, budget, first: int, last: int, eos: int):
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """What a layout lets a model say after the prompt: `opening`, action ids as the grammar has them, `closing`.
+
+    ids: i32[v], id of each action token; after, count: i32[s v], see tokens.grammar.Grammar.
+    """
+
+    ids: np.ndarray
+    after: np.ndarray
+    count: np.ndarray
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> Language:
+        return cls(layout.ids, layout.grammar.after, layout.grammar.count, layout.opening, layout.closing)
+
+    def longest(self, numbers: int) -> int:
+        """The most ids of an answer with this many numbers."""
+        return len(self.opening) + numbers * len(self.after) + len(self.closing)
+
+
+def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language: Language, budget):
     """Greedy decoding within the action language. One sample per row, its prefix at the row's start, then padding.
 
-    A token is allowed when it is an action id (first <= id < last) that does not exceed what is left of the row's
-    `budget` of coefficients, or, once the budget is used up exactly, `eos`. So every sequence that ends is well formed.
+    First come the ids of `opening`, then action ids that the grammar allows with what is left of the row's `budget`, then, once it is
+    used up exactly, those of `closing`, whose last one fills the row from there on. So every sequence that ends is well formed.
 
-    lengths: i32[last - first], coefficients each action id stands for; budget: i32[b], coefficients of each row's chunk.
-    Returns ids i32[b steps], filled with `eos` after a row's end, and finished bool[b].
+    budget: i32[b], numbers of each row's chunk. Returns ids i32[b steps] and finished bool[b].
     """
     b, n = batch.tokens.shape
-    lengths, prefix = jnp.asarray(lengths), (batch.segment > 0).sum(axis=1)
+    after, count, ids = jnp.asarray(language.after), jnp.asarray(language.count), jnp.asarray(language.ids)
+    need = jnp.where(after >= 0, count + (after > 0), jnp.iinfo(jnp.int32).max)
+    opening, closing = jnp.asarray(language.opening, jnp.int32), jnp.asarray(language.closing, jnp.int32)
+    prefix = (batch.segment > 0).sum(axis=1)
     hidden, cache = vla.prefill(cfg, params, batch)
     cache = jax.tree.map(lambda c: jnp.pad(c, [(0, 0), (0, 0), (0, steps), (0, 0), (0, 0)]), cache)
-    action_rows = vla.embedding(params)[first:last]
+    rows, begin = vla.embedding(params)[ids], len(opening)
 
-    def choose(h, left):
-        h = h.astype(jnp.float32)
-        allowed = lengths[None] <= left[:, None]
-        token = jnp.argmax(jnp.where(allowed, h @ action_rows.T, -jnp.inf), axis=-1) + first
-        # `eos` is the only continuation of a full chunk, and never one of an unfinished chunk
-        return jnp.where(left == 0, eos, token).astype(jnp.int32)
+    def choose(t, h, state, left, closed):
+        """The token at place t, and where that leads: (token, state, left, closed), each i32[b]."""
+        allowed = need[state] <= left[:, None]
+        action = jnp.argmax(jnp.where(allowed, h.astype(jnp.float32) @ rows.T, -jnp.inf), axis=-1)
+        full = (left == 0) & (state == 0)
+        token = jnp.where(full, closing[jnp.minimum(closed, len(closing) - 1)], ids[action])
+        acts = ~full & (t >= begin)
+        if begin:
+            token = jnp.where(t < begin, opening[jnp.minimum(t, begin - 1)], token)
+        left = left - jnp.where(acts, count[state, action], 0)
+        state = jnp.where(acts, after[state, action], state)
+        return token.astype(jnp.int32), state, left, closed + (full & (t >= begin))
 
     def body(carry):
-        t, token, left, out, cache = carry
+        t, token, walk, out, cache = carry
         slots = jnp.arange(n + steps)
         visible = (slots[None] < prefix[:, None]) | ((slots[None] >= n) & (slots[None] <= n + t))
         h, cache = vla.decode_step(cfg, params, token, prefix + t, visible, cache, n + t)
-        left = left - jnp.where(token == eos, 0, lengths[jnp.clip(token - first, 0, last - first - 1)])
-        token = choose(h, left)
-        return t + 1, token, left, out.at[:, t + 1].set(token, mode="drop"), cache
+        token, *walk = choose(t + 1, h, *walk)
+        return t + 1, token, tuple(walk), out.at[:, t + 1].set(token, mode="drop"), cache
 
     last_hidden = jnp.take_along_axis(hidden, (prefix - 1)[:, None, None], axis=1)[:, 0]
-    token = choose(last_hidden, budget)
-    out = jnp.full((b, steps), eos, jnp.int32).at[:, 0].set(token)
-    carry = (jnp.int32(0), token, budget, out, cache)
-    _, token, left, out, _ = jax.lax.while_loop(lambda c: (c[0] < steps) & jnp.any(c[1] != eos), body, carry)
-    return out, token == eos
+    nothing = jnp.zeros(b, jnp.int32)
+    token, *walk = choose(jnp.int32(0), last_hidden, nothing, jnp.asarray(budget), nothing)
+    out = jnp.full((b, steps), closing[-1], jnp.int32).at[:, 0].set(token)
+    going = lambda carry: (carry[0] < steps - 1) & jnp.any(carry[2][2] < len(closing))
+    _, _, (_, _, closed), out, _ = jax.lax.while_loop(going, body, (jnp.int32(0), token, tuple(walk), out, cache))
+    return out, closed >= len(closing)

@@ -6,20 +6,24 @@ steps and dimensions is passed at each call, never remembered, so one tokenizer 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import hashlib
-import json
-from pathlib import Path
 
 import numpy as np
 
+from vla_jax.tokens import bpe
+from vla_jax.tokens.bpe import Bpe
+from vla_jax.tokens.grammar import Grammar
 from vla_jax.types import UserError
 
 FORMAT = "vla_jax.fast.1"
-_TABLE_VOCAB = 4096  # up to here all pairs fit a table of 64 MiB
-_NEVER = np.int32(2**31 - 1)
+MALFORMED = ("repair", "hold", "raise")
+_HUGE = 1e30
+_BLOCK = 1 << 19  # numbers worked on at once: more would leave a core's cache
+
+
+class MalformedTokens(ValueError):
+    """Ids that are no chunk of the wanted shape; raised where a caller of `decode` asks for it."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -31,11 +35,78 @@ def dct_matrix(k: int) -> np.ndarray:
     return matrix
 
 
+def checked(chunks: np.ndarray) -> np.ndarray:
+    """Chunks of any real dtype [n k a] as floats. Raises: ValueError for another rank, no number at all, NaN or infinity."""
+    chunks = np.asarray(chunks)
+    if chunks.ndim != 3 or not chunks.size or chunks.dtype.kind not in "fiub":
+        raise ValueError(f"action chunks must be numbers [chunks steps dims], got {chunks.dtype} of shape {chunks.shape}")
+    chunks = chunks if chunks.dtype in (np.float32, np.float64) else chunks.astype(np.float64)
+    if not max(chunks.max(), -chunks.min()) <= _HUGE:  # NaN, too, is not
+        if not np.isfinite(chunks).all():
+            raise ValueError(f"action chunks must be finite; {np.count_nonzero(~np.isfinite(chunks))} of {chunks.size} numbers are not")
+        chunks = np.clip(chunks, -_HUGE, _HUGE)  # so that sums stay finite
+    return chunks
+
+
+def coefficients(chunks: np.ndarray, scale: float) -> np.ndarray:
+    """[n k a] -> f64[n, k*a]: the rounded, scaled transform along time, frequency-major, whole numbers.
+
+    Computed in float64 whatever the input, so that a number rounds alike alone and in a batch. Raises: ValueError, see `checked`.
+    """
+    chunks = checked(chunks)
+    n, k, a = chunks.shape
+    out = (dct_matrix(k) * scale) @ chunks
+    return np.rint(out, out=out).reshape(n, k * a)
+
+
+def restore(whole: np.ndarray, scale: float, steps: int, dims: int) -> np.ndarray:
+    """Coefficients [n, steps*dims] -> chunks f32[n steps dims], the inverse of `coefficients` up to rounding."""
+    return ((dct_matrix(steps).T / scale) @ whole.reshape(-1, steps, dims).astype(np.float64, copy=False)).astype(np.float32)
+
+
+def settle(chunk: np.ndarray, why: str, malformed: str, last) -> np.ndarray:
+    """What a caller gets for ids that are malformed because of `why`: the repaired `chunk` [k a], or by policy `last` f32[a] repeated.
+
+    Raises: MalformedTokens under policy `raise`; ValueError for an unknown policy, or `hold` without `last`.
+    """
+    if malformed not in MALFORMED:
+        raise ValueError(f"malformed is {malformed!r}; allowed: {', '.join(MALFORMED)}")
+    if malformed == "raise":
+        raise MalformedTokens(why)
+    if malformed == "repair":
+        return chunk
+    if last is None or np.shape(last) != chunk.shape[1:]:
+        raise ValueError(f"malformed='hold' needs last=: the {chunk.shape[1]} numbers of the last action, normalised")
+    return np.broadcast_to(np.asarray(last, np.float32), chunk.shape).copy()
+
+
+def joined(ids) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences of ids -> (all in one array i64[t], where each begins i64[n + 1]). Raises: ValueError for what is not whole numbers."""
+    parts = [np.asarray(i) for i in ids]
+    if any(p.ndim != 1 or p.size and p.dtype.kind not in "iu" for p in parts):
+        raise ValueError("action tokens must be sequences of whole numbers")
+    start = np.concatenate([[0], np.cumsum([len(p) for p in parts], dtype=np.int64)])
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64), start
+
+
+def split(flat: np.ndarray, start: np.ndarray) -> list[np.ndarray]:
+    at = start.tolist()
+    return [flat[a:b] for a, b in zip(at, at[1:])]
+
+
+def spell_out(ids: np.ndarray, expanded: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Known ids i64[t] -> all that they stand for, one after another."""
+    symbols, start = expanded
+    length = (start[1:] - start[:-1])[ids]
+    end = np.cumsum(length)
+    return symbols[np.repeat(start[ids] - end + length, length) + np.arange(end[-1] if len(end) else 0)]
+
+
 @dataclasses.dataclass(frozen=True)
 class FastTokenizer:
     """Ids 0..(max_coef - min_coef) are single coefficients; id `alphabet + i` is the i-th merge of two earlier ids.
 
-    merges: pairs in the order they were learned. Coefficients beyond the fitted range are clamped to it.
+    merges: pairs in the order they were learned. Coefficients beyond the fitted range are clamped to it, on both sides.
     """
 
     scale: float
@@ -52,203 +123,118 @@ class FastTokenizer:
         return self.alphabet + len(self.merges)
 
     @functools.cached_property
-    def _ranks(self) -> dict[tuple[int, int], int]:
-        return {pair: self.alphabet + i for i, pair in enumerate(self.merges)}
+    def _bpe(self) -> Bpe:
+        left, right = np.array(self.merges, np.int32).reshape(-1, 2).T
+        return Bpe(self.vocab_size, left.copy(), right.copy(), np.arange(self.alphabet, self.vocab_size, dtype=np.int32))
 
-    @functools.cached_property
-    def _expanded(self) -> tuple[tuple[int, ...], ...]:
-        """What each id stands for, as coefficients minus min_coef."""
-        out: list[tuple[int, ...]] = [(i,) for i in range(self.alphabet)]
-        for left, right in self.merges:
-            out.append(out[left] + out[right])
-        return tuple(out)
-
-    def coefficients(self, chunk: np.ndarray) -> np.ndarray:
-        """f32[k a] -> i64[k*a], frequency-major, not yet clamped. Raises: ValueError for NaN or a wrong rank."""
-        chunk = np.asarray(chunk, np.float64)
-        if chunk.ndim != 2 or not np.isfinite(chunk).all():
-            raise ValueError(f"an action chunk must be finite numbers [steps dims], got shape {chunk.shape}")
-        return np.rint(self.scale * (dct_matrix(len(chunk)) @ chunk)).astype(np.int64).reshape(-1)
-
-    def clamped(self, chunk: np.ndarray) -> float:
-        """Fraction of a chunk's coefficients outside the fitted range."""
-        c = self.coefficients(chunk)
-        return float(np.mean((c < self.min_coef) | (c > self.max_coef)))
+    def clamps(self, chunks: np.ndarray) -> tuple[int, int]:
+        """How many coefficients of chunks [n k a] lie (below, above) the fitted range and are clamped to it."""
+        whole = coefficients(chunks, self.scale)
+        return int((whole < self.min_coef).sum()), int((whole > self.max_coef).sum())
 
     def encode(self, chunk: np.ndarray) -> np.ndarray:
-        """f32[k a] in [-1, 1] -> i32[t]."""
-        c = np.clip(self.coefficients(chunk), self.min_coef, self.max_coef) - self.min_coef
-        return np.array(_merge(c.tolist(), self._ranks), np.int32)
+        """Normalised actions [k a] of any real dtype -> i32[t]. Raises: ValueError, see `checked`."""
+        return self.encode_batch(np.asarray(chunk)[None])[0]
 
     def encode_batch(self, chunks: np.ndarray) -> list[np.ndarray]:
-        """f32[n k a] -> n times i32[t]; the same ids as `encode` chunk by chunk."""
-        n, k, a = chunks.shape
-        c = np.rint(self.scale * (dct_matrix(k) @ np.asarray(chunks, np.float64))).astype(np.int64).reshape(n, k * a)
-        c = np.clip(c, self.min_coef, self.max_coef) - self.min_coef
-        if n < 4 or self.vocab_size > _TABLE_VOCAB:
-            return [np.array(_merge(row, self._ranks), np.int32) for row in c.tolist()]
-        return _merge_rows(c, self._rank_table)
+        """[n k a] -> n times i32[t]; the same ids as `encode` chunk by chunk."""
+        out: list[np.ndarray] = []
+        chunks = np.asarray(chunks)
+        for part in _blocks(chunks):
+            whole = coefficients(part, self.scale)
+            np.clip(whole, self.min_coef, self.max_coef, out=whole)
+            whole -= self.min_coef
+            n, numbers = whole.shape
+            out += split(*self._bpe.encode(whole.astype(np.int32).reshape(-1), np.arange(n + 1) * numbers))
+        return out
 
-    @functools.cached_property
-    def _rank_table(self) -> np.ndarray:
-        """i32[v+1 v+1]: the id that a pair merges into, _NEVER if it does not; the last id stands for a row's end."""
-        table = np.full((self.vocab_size + 1,) * 2, _NEVER, np.int32)
-        for (left, right), rank in self._ranks.items():
-            table[left, right] = rank
-        return table
+    def decode(self, ids: np.ndarray, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, bool]:
+        """i32[t] -> (f32[steps dims], whether the ids were a chunk of this shape).
 
-    def decode(self, ids: np.ndarray, *, steps: int, dims: int) -> tuple[np.ndarray, bool]:
-        """i32[t] -> (f32[steps dims], valid). A sequence of another length is cut or filled with zero coefficients
-        to the nearest valid one and reported by `valid` = False; unknown ids are passed over, likewise."""
-        symbols: list[int] = []
-        valid = True
-        for i in np.asarray(ids, np.int64).tolist():
-            if 0 <= i < self.vocab_size:
-                symbols.extend(self._expanded[i])
-            else:
-                valid = False
-        want = steps * dims
-        valid = valid and len(symbols) == want
-        c = np.zeros(want, np.float64)
-        c[: len(symbols[:want])] = np.array(symbols[:want], np.float64) + self.min_coef
-        return (dct_matrix(steps).T @ (c.reshape(steps, dims) / self.scale)).astype(np.float32), valid
+        If they were not, what comes back is as `malformed` says. repair: unknown ids are passed over, and what is left is cut or filled
+        up with zero coefficients, those of the highest frequencies, to the nearest valid length; hold: `last` f32[dims] repeated;
+        raise: MalformedTokens.
+        """
+        chunks, valid = self.decode_batch([ids], steps=steps, dims=dims, malformed=malformed, last=None if last is None else [last])
+        return chunks[0], bool(valid[0])
+
+    def decode_batch(self, ids, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, np.ndarray]:
+        """n times i32[t] -> (f32[n steps dims], valid bool[n]); the same as `decode` one by one. last: f32[n dims]."""
+        flat, start = joined(ids)
+        n, want, size = len(start) - 1, steps * dims, self.vocab_size
+        known = (flat >= 0) & (flat < size)
+        numbers = np.bincount(np.repeat(np.arange(n), np.diff(start))[known], weights=self.lengths[flat[known]], minlength=n)
+        valid = numbers == want
+        if not known.all():
+            valid &= np.bincount(np.repeat(np.arange(n), np.diff(start))[~known], minlength=n) == 0
+        whole = np.zeros((n, want), np.float64)
+        whole[valid] = spell_out(flat[np.repeat(valid, np.diff(start))], self._bpe.expanded).reshape(-1, want) + self.min_coef
+        bad = np.flatnonzero(~valid).tolist()
+        for i in bad:
+            own = flat[start[i] : start[i + 1]][known[start[i] : start[i + 1]]]
+            there = spell_out(own, self._bpe.expanded)[:want]
+            whole[i, : len(there)] = there + self.min_coef
+        chunks = (
+            np.concatenate([restore(w, self.scale, steps, dims) for w in _blocks(whole)]) if n else np.zeros((0, steps, dims), np.float32)
+        )
+        for i in bad:
+            why = f"{int(start[i + 1] - start[i])} tokens are {int(numbers[i])} coefficients, {steps} x {dims} = {want} were expected"
+            if not known[start[i] : start[i + 1]].all():
+                why += f"; ids outside 0..{size - 1} are among them"
+            chunks[i] = settle(chunks[i], why, malformed, None if last is None else last[i])
+        return chunks, valid
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """i32[vocab_size]: how many coefficients each id stands for."""
-        return np.array([len(e) for e in self._expanded], np.int32)
+        return np.diff(self._bpe.expanded[1]).astype(np.int32)
+
+    @functools.cached_property
+    def grammar(self) -> Grammar:
+        """Any id may follow any other, as long as the coefficients do not become too many."""
+        return Grammar(after=np.zeros((1, self.vocab_size), np.int32), count=self.lengths[None])
 
     def to_json(self) -> dict:
-        body = {
-            "format": FORMAT,
-            "scale": self.scale,
-            "min_coef": self.min_coef,
-            "max_coef": self.max_coef,
-            "merges": [list(m) for m in self.merges],
-        }
-        return {**body, "digest": _digest(body)}
+        body = {"format": FORMAT, "scale": self.scale, "min_coef": self.min_coef, "max_coef": self.max_coef}
+        return body | {"merges": [list(m) for m in self.merges]}
 
 
-def from_json(values: dict, *, where: str = "action tokenizer") -> FastTokenizer:
-    """Raises: UserError when the format, the digest or the merges are not right."""
-    body = {k: v for k, v in values.items() if k != "digest"}
-    if body.get("format") != FORMAT:
-        raise UserError(f"{where} has format {body.get('format')!r}, expected {FORMAT!r}")
-    if values.get("digest") != _digest(body):
-        raise UserError(f"{where} is damaged: its digest does not match its content. Fit it again with `vla-jax tokens fit`.")
+def from_json(body: dict, where: str) -> FastTokenizer:
+    """Raises: UserError when a merge names an id that does not exist yet, or the range or scale is none."""
     merges = tuple((int(a), int(b)) for a, b in body["merges"])
-    alphabet = body["max_coef"] - body["min_coef"] + 1
-    if any(not (0 <= a < alphabet + i and 0 <= b < alphabet + i) for i, (a, b) in enumerate(merges)):
+    made = FastTokenizer(float(body["scale"]), int(body["min_coef"]), int(body["max_coef"]), merges)
+    if not (0 < made.scale < np.inf and made.alphabet > 0):
+        raise UserError(f"{where}: scale {made.scale:g} and coefficients {made.min_coef}..{made.max_coef} are no tokenizer's")
+    if any(not (0 <= a < made.alphabet + i and 0 <= b < made.alphabet + i) for i, (a, b) in enumerate(merges)):
         raise UserError(f"{where}: a merge refers to an id that does not exist yet")
-    return FastTokenizer(float(body["scale"]), int(body["min_coef"]), int(body["max_coef"]), merges)
+    return made
 
 
-def load(path: str | Path) -> FastTokenizer:
-    try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"action tokenizer {path} cannot be read: {e}") from e
-    return from_json(values, where=str(path))
-
-
-def _digest(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _merge(ids: list[int], ranks: dict[tuple[int, int], int]) -> list[int]:
-    """Byte-pair encoding: the earliest learned pair first, everywhere, left to right, until none is left."""
-    none = len(ranks) + (1 << 60)
-    rank = [ranks.get(p, none) for p in zip(ids, ids[1:])]  # of the pair that begins at each place
-    while rank:
-        best = min(rank)
-        if best == none:
-            break
-        at = rank.index(best)
-        while at >= 0:
-            ids[at : at + 2] = [best]
-            del rank[at]
-            if at:
-                rank[at - 1] = ranks.get((ids[at - 1], best), none)
-            if at < len(rank):
-                rank[at] = ranks.get((best, ids[at + 1]), none)
-            try:
-                at = rank.index(best, at)
-            except ValueError:
-                break
-    return ids
-
-
-def _merge_rows(ids: np.ndarray, table: np.ndarray) -> list[np.ndarray]:
-    """`_merge` of each row of ids i64[n l] at once: in every round each row merges its own earliest learned pair, everywhere."""
-    n, wide = len(ids), len(table)
-    table, end = table.reshape(-1), wide - 1
-    seq = np.concatenate([ids, np.full((n, 1), end)], axis=1).reshape(-1).astype(np.int32)
-    start, row = np.arange(n) * (ids.shape[1] + 1), np.repeat(np.arange(n, dtype=np.int32), ids.shape[1] + 1)
-    while True:
-        rank = table.take(seq[:-1] * wide + seq[1:])
-        best = np.minimum.reduceat(rank, np.minimum(start, len(rank) - 1))  # the last row may be its end alone
-        hit = np.flatnonzero(rank == np.where(best == _NEVER, -1, best).take(row[:-1]))
-        if not hit.size:
-            break
-        hit = hit[_every_other(hit)]
-        seq[hit] = rank[hit]
-        keep = np.ones(len(seq), bool)
-        keep[hit + 1] = False
-        start -= np.searchsorted(hit, start)
-        seq, row = seq[keep], row[keep]
-    return [part[:-1] for part in np.split(seq, start[1:])]
-
-
-def _every_other(hit: np.ndarray) -> np.ndarray:
-    """bool[n] for ascending places of one pair: in a run x x x x only the first, third, .. can merge."""
-    run = np.cumsum(np.concatenate([[0], np.diff(hit) != 1]))
-    return (hit - hit[np.searchsorted(run, run)]) % 2 == 0
+def _blocks(chunks: np.ndarray):
+    """Some chunks at a time."""
+    step = max(1, _BLOCK // max(1, int(np.prod(chunks.shape[1:]))))
+    return (chunks[at : at + step] for at in range(0, len(chunks), step))
 
 
 def fit(chunks, *, vocab_size: int, scale: float, margin: int = 2) -> FastTokenizer:
-    """Learns range and merges from normalised chunks, f32[k a] each (any k and a).
+    """Learns range and merges from normalised chunks [k a] each, of any k and a: those of one robot or of many.
 
     margin: coefficients by which the range is widened on both sides, so that held-out data is seldom clamped.
-    Raises: UserError when the range alone needs more ids than `vocab_size`.
+    Raises: UserError when the range alone needs more ids than `vocab_size`; ValueError, see `checked`.
     """
-    probe = FastTokenizer(scale, 0, 0, ())
-    rows = [probe.coefficients(c) for c in chunks]
-    if not rows:
+    by_shape: dict[tuple[int, ...], list] = {}
+    for chunk in chunks:
+        by_shape.setdefault(np.shape(chunk), []).append(chunk)
+    if not by_shape:
         raise UserError("no action chunks to fit a tokenizer on")
-    low, high = min(int(r.min()) for r in rows) - margin, max(int(r.max()) for r in rows) + margin
+    whole = [coefficients(np.stack(group), scale) for group in by_shape.values()]
+    low, high = int(min(w.min() for w in whole)) - margin, int(max(w.max() for w in whole)) + margin
     alphabet = high - low + 1
     if alphabet > vocab_size:
         raise UserError(
             f"action_vocab {vocab_size} is below the {alphabet} coefficients in use at scale {scale:g}. Raise tokens.action_vocab or lower tokens.action_scale."
         )
-    counts = collections.Counter(tuple((r - low).tolist()) for r in rows)
-    return FastTokenizer(scale, low, high, tuple(_learn(counts, alphabet, vocab_size)))
-
-
-def _learn(counts: collections.Counter, alphabet: int, vocab_size: int) -> list[tuple[int, int]]:
-    """Classic byte-pair training on the concatenated corpus; ties go to the smallest pair, so it is deterministic."""
-    stop = np.int64(-1)  # between sequences: no merge crosses it
-    corpus = np.concatenate([np.concatenate([np.array(s, np.int64), [stop]]) for s in sorted(counts)])
-    weight = np.concatenate([np.full(len(s) + 1, n, np.int64) for s, n in sorted(counts.items())])
-    merges: list[tuple[int, int]] = []
-    while alphabet + len(merges) < vocab_size:
-        left, right = corpus[:-1], corpus[1:]
-        real = (left >= 0) & (right >= 0)
-        code = (left * vocab_size + right)[real]
-        if not code.size:
-            break
-        total = np.bincount(code, weights=weight[:-1][real])
-        best = int(total.argmax())
-        if total[best] < 2:
-            break
-        pair = divmod(best, vocab_size)
-        hit = np.flatnonzero((left == pair[0]) & (right == pair[1]))
-        if pair[0] == pair[1]:  # in a run x x x only every other start merges
-            hit = hit[_every_other(hit)]
-        new = alphabet + len(merges)
-        merges.append((int(pair[0]), int(pair[1])))
-        corpus[hit] = new
-        keep = np.ones(len(corpus), bool)
-        keep[hit + 1] = False
-        corpus, weight = corpus[keep], weight[keep]
-    return merges
+    rows = np.concatenate([(w - low).astype(np.int32).reshape(-1) for w in whole])
+    start = np.concatenate([[0], np.cumsum(np.concatenate([np.full(len(w), w.shape[1]) for w in whole]))])
+    found = bpe.learn(rows, start, alphabet=alphabet, size=vocab_size)
+    return FastTokenizer(scale, low, high, tuple(zip(found.left.tolist(), found.right.tolist())))

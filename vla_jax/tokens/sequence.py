@@ -1,30 +1,35 @@
-"""The token sequence of one sample: images, state, prompt (all see each other), then action tokens (causal)."""
+"""The token sequence of one sample: images, state, prompt (all see each other), then action tokens (causal); in two layouts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
-from vla_jax.tokens.actions import FastTokenizer
-from vla_jax.tokens.text import TextTokenizer
-from vla_jax.types import IMAGE, STATE
+from vla_jax import config
+from vla_jax.tokens.bins import state_bins, state_text
+from vla_jax.tokens.grammar import Grammar
+from vla_jax.tokens.text import SEGMENTS, TextTokenizer
+from vla_jax.types import IMAGE, STATE, ActionTokenizer, Dim, UserError
 
 _COUNT = np.arange(1, 4097, dtype=np.int32)
+LAYOUTS, STATES = ("native", "openpi"), ("continuous", "text", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One sample's tokens i32[n], of which the first `prefix` are given and the others are to be predicted.
+    """One sample's tokens i32[n], of which the first `prefix` are given and the others are to be predicted; `cut` more did not fit.
 
-    From these follow block i32[n] (0 = prefix, then 1, 2, ..), target i32[n] and loss_weight f32[n]: `target[i]` is the id that
-    follows position i, and the last prefix position predicts the first action token. The weights of a sample sum to one, so that
-    a robot with long chunks does not outweigh one with short ones (as in openpi).
+    From these follow position i32[n] (0, 1, ..), block i32[n] (0 = prefix, then 1, 2, ..), target i32[n] and loss_weight f32[n]:
+    `target[i]` is the id that follows position i, and the last prefix position predicts the first action token. The weights of a
+    sample sum to one, so that a robot with long chunks does not outweigh one with short ones (as in openpi).
     """
 
     tokens: np.ndarray
     prefix: int
+    cut: int = 0
 
     @property
     def length(self) -> int:
@@ -38,15 +43,51 @@ class Sequence:
     def fill(self, block: np.ndarray, target: np.ndarray, loss_weight: np.ndarray) -> None:
         """Writes them into arrays [n] of zeros."""
         first, n = self.prefix, self.targets
-        block[first:] = _COUNT[:n] if n <= len(_COUNT) else np.arange(1, n + 1)
-        target[first - 1 : -1] = self.tokens[first:]
-        loss_weight[first - 1 : -1] = 1 / n
+        if n:
+            block[first:] = _COUNT[:n] if n <= len(_COUNT) else np.arange(1, n + 1)
+            target[first - 1 : -1] = self.tokens[first:]
+            loss_weight[first - 1 : -1] = 1 / n
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(block, target, loss_weight)."""
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(position, block, target, loss_weight)."""
         out = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32), np.zeros(self.length, np.float32)
         self.fill(*out)
-        return out
+        return np.arange(self.length, dtype=np.int32), *out
+
+
+@dataclasses.dataclass(frozen=True)
+class Embodiment:
+    """The robot that a prompt speaks of. tag: the name of its dataset's card; steps: of a chunk; dims: of an action."""
+
+    tag: str
+    control_hz: float
+    steps: int
+    dims: tuple[Dim, ...]
+
+    @functools.cached_property
+    def name(self) -> str:
+        return self.tag.removesuffix("_converted_externally_to_rlds")
+
+    @functools.cached_property
+    def described(self) -> str:
+        """Who it is, its control rate, and what a chunk's numbers mean: `bridge_dataset, 5 Hz, 5 steps of 3 m delta base, ..`: how many
+        numbers in a row are of one unit, kind and frame."""
+        runs = itertools.groupby(self.dims, key=lambda d: " ".join([*([d.unit] if d.unit != "1" else []), d.kind, d.frame]))
+        space = ", ".join(f"{len(list(run))} {what}" for what, run in runs)
+        return f"{self.name}, {self.control_hz:g} Hz, {self.steps} steps of {space}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The text that is given. Only `task` may be shortened."""
+
+    head: str
+    task: str
+    tail: str
+
+    @property
+    def text(self) -> str:
+        return self.head + self.task + self.tail
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -56,50 +97,124 @@ def _task(instruction: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Layout `native`: the prompt says which robot acts, and action ids have a range of their own behind
-    the text vocabulary: id of action token t = text.vocab_size + t; the sequence ends with the text's EOS."""
+    """How samples become sequences. Which images and whether a continuous state come first is the same in both layouts; then
+
+    native: BOS, `{robot}: {task}{; state: bins}\\n`, actions, EOS. The robot is described in words (`describe`: with control rate and
+    action space, else its name alone), so that one model can be told which robot it drives. Action ids have a range of their own
+    behind the text's: token t is text.vocab_size + t. `limit`: most tokens of the prompt; beyond them the task is cut.
+
+    openpi: pi0-FAST's convention, byte for byte: BOS, `Task: {task}, State: {bins};\\n`, then predicted `Action: `, actions, `|`, EOS. Token
+    t is text.vocab_size - 1 - 128 - t. `limit`: most tokens of all text (there 250; 180 with one arm); beyond them the end is cut.
+
+    Source of openpi: its FASTTokenizer. limit 0: none. action may be None where only prompts are wanted.
+    """
 
     text: TextTokenizer
-    action: FastTokenizer
+    action: ActionTokenizer
     tokens_per_image: int
-    state: bool
+    state: str  # continuous (one projected token) | text (bins in the prompt) | none
+    name: str = "native"
+    describe: bool = True
+    limit: int = 0
+
+    def __post_init__(self):
+        """Raises: UserError for settings that contradict each other, or a text model that does not suit the layout."""
+        for key, value, allowed in (("layout", self.name, LAYOUTS), ("state", self.state, STATES)):
+            if value not in allowed:
+                raise UserError(f"tokens.{key} is {value!r}; allowed: {', '.join(allowed)}")
+        if self.openpi:
+            if self.state != "text":
+                raise UserError(f"tokens.layout=openpi writes the state into the prompt; set tokens.state=text, not {self.state}")
+            self.text.check_paligemma(self.action.vocab_size if self.action else 0)
+
+    @classmethod
+    def of(cls, settings: config.Tokens, text: TextTokenizer, action: ActionTokenizer | None, tokens_per_image: int) -> Layout:
+        """As a run's settings want it. Raises: UserError."""
+        s = settings
+        return cls(text, action, tokens_per_image, s.state, name=s.layout, describe=s.describe, limit=s.limit)
 
     @property
-    def action_offset(self) -> int:
-        return self.text.vocab_size
+    def openpi(self) -> bool:
+        return self.name == "openpi"
 
     @property
     def vocab_size(self) -> int:
         """Ids in use."""
-        return self.text.vocab_size + self.action.vocab_size
+        return self.text.vocab_size + (0 if self.openpi else self.action.vocab_size)
 
-    def prompt(self, robot: str, instruction: str) -> str:
-        return f"{robot}: {_task(instruction)}\n"
+    @functools.cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What stands between prompt and actions, and is predicted."""
+        return tuple(self.text.encode("Action: ")) if self.openpi else ()
 
-    def prefix(self, *, images: int, prompt: str) -> np.ndarray:
+    @functools.cached_property
+    def closing(self) -> tuple[int, ...]:
+        """What stands behind the actions."""
+        return (*(self.text.encode("|") if self.openpi else ()), self.text.eos)
+
+    @functools.cached_property
+    def _around(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.opening, np.int32), np.array(self.closing, np.int32)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """i32[action.vocab_size]: the id of each action token."""
+        count = np.arange(self.action.vocab_size, dtype=np.int32)
+        return self.text.vocab_size - 1 - SEGMENTS - count if self.openpi else self.text.vocab_size + count
+
+    @property
+    def grammar(self) -> Grammar:
+        """Which action tokens may follow between `opening` and `closing`."""
+        return self.action.grammar
+
+    def prompt(self, who: Embodiment, instruction: str, state: np.ndarray | None = None) -> Prompt:
+        """state: f32[s] normalised, needed where it is written into the prompt."""
+        if self.openpi:
+            cleaned = instruction.lower().strip().replace("_", " ")
+            return Prompt("Task: ", cleaned, f", State: {state_text(state)};\n")
+        written = f"; state: {' '.join(map(str, np.clip(state_bins(state), 0, 255)))}" if self.state == "text" else ""
+        return Prompt(f"{who.described if self.describe else who.name}: ", _task(instruction), f"{written}\n")
+
+    def prefix(self, *, images: int, prompt: Prompt) -> np.ndarray:
         """i32[n] of the part that is given when acting; not to be changed, it is kept."""
-        return self._prefix(images, prompt)
+        return self._prefix(images, prompt)[0]
 
     @functools.cached_property
     def _prefix(self):
         return functools.lru_cache(maxsize=1 << 12)(self._make_prefix)  # the same prompts come again and again
 
-    def _make_prefix(self, images: int, prompt: str) -> np.ndarray:
-        image = np.full(images * self.tokens_per_image, IMAGE, np.int32)
-        state = [STATE] if self.state else []
-        return np.concatenate([image, np.array([*state, self.text.bos, *self.text.encode(prompt)], np.int32)])
+    def _make_prefix(self, images: int, prompt: Prompt) -> tuple[np.ndarray, int]:
+        """(ids, how many did not fit)."""
+        ids = [self.text.bos, *self.text.encode(prompt.text)]
+        over = max(0, len(ids) - self.limit) if self.limit else 0
+        if over and self.openpi:
+            ids = ids[: self.limit]
+        elif over:
+            behind = len(self.text.encode(prompt.tail))
+            keep = max(1, self.limit - behind)
+            ids, over = ids[:keep] + ids[len(ids) - behind :], len(ids) - behind - keep
+        before = [IMAGE] * (images * self.tokens_per_image) + [STATE] * (self.state == "continuous")
+        return np.array(before + ids, np.int32), max(0, over)
 
-    def build(self, *, images: int, prompt: str, action_tokens: np.ndarray) -> Sequence:
+    def build(self, *, images: int, prompt: Prompt, action_tokens: np.ndarray) -> Sequence:
         """action_tokens: i32[t], a chunk as `action.encode` gives it."""
-        prefix = self.prefix(images=images, prompt=prompt)
-        first, n = len(prefix), len(prefix) + len(action_tokens) + 1
-        tokens = np.empty(n, np.int32)
-        tokens[:first], tokens[n - 1] = prefix, self.text.eos
-        np.add(action_tokens, self.action_offset, out=tokens[first : n - 1], casting="same_kind")
-        return Sequence(tokens, first)
+        given, cut = self._prefix(images, prompt)
+        opening, closing = self._around
+        tokens = np.concatenate([given, opening, self.ids.take(action_tokens), closing])
+        if self.openpi and self.limit:
+            text = len(tokens) - images * self.tokens_per_image
+            over = max(0, text - self.limit)
+            tokens, cut = tokens[: len(tokens) - over], cut + over
+        return Sequence(tokens, len(given), cut)
 
-    def action_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Generated ids i32[t] -> the action tokens before the first EOS, for `FastTokenizer.decode`."""
-        ids = np.asarray(ids)
-        end = np.flatnonzero(ids == self.text.eos)
-        return ids[: end[0] if end.size else len(ids)] - self.action_offset
+    def action_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Generated ids i32[t] -> i64, the action tokens before the closing, for `action.decode`. An id that stands where it must not
+        becomes -1, which no decoder takes for valid."""
+        ids = np.asarray(ids, np.int64)
+        end = np.flatnonzero(ids == self.closing[0])
+        ended, ids = bool(end.size), ids[: end[0] if end.size else len(ids)]
+        opened = tuple(ids[: len(self.opening)].tolist()) == self.opening
+        ids = ids[len(self.opening) :] if opened else ids
+        tokens = self.ids[0] - ids if self.openpi else ids - self.ids[0]
+        tokens = np.where((tokens >= 0) & (tokens < self.action.vocab_size), tokens, -1)
+        return tokens if opened and ended else np.append(tokens, -1)

@@ -1,17 +1,17 @@
-"""Text tokens: a SentencePiece model, the default one of this project or a user's own (Gemma, PaliGemma)."""
+"""Text tokens: a SentencePiece model, one of this project's or a user's own (Gemma, PaliGemma)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import io
-import itertools
-import sys
 from pathlib import Path
 
 from vla_jax import paths
 from vla_jax.types import UserError
+
+LOCATIONS, SEGMENTS = 1024, 128  # PaliGemma's pieces for places in a picture and shapes of a mask, last in its vocabulary
+_SPECIAL = ("pad", "eos", "bos", "unk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,43 @@ class TextTokenizer:
             sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as e:
             raise UserError(f"text model is no SentencePiece model: {e}") from e
-        missing = [name for name, i in (("bos", sp.bos_id()), ("eos", sp.eos_id()), ("unk", sp.unk_id())) if i < 0]
+        missing = [name for name in _SPECIAL if getattr(sp, f"{name}_id")() < 0]
         if missing:
-            raise UserError(f"text model lacks the special pieces {', '.join(missing)}; a Gemma or PaliGemma model has them")
+            raise UserError(
+                f"text model lacks the special pieces {', '.join(missing)}; Gemma's and PaliGemma's have pad 0, eos 1, bos 2, unk 3. "
+                f"Train it with {', '.join(f'--{name}_id' for name in missing)} set."
+            )
         return sp
+
+    def check_paligemma(self, action_vocab: int) -> None:
+        """Raises: UserError, naming what is missing, unless special ids and last pieces are as PaliGemma has them, and `action_vocab`
+        ids fit below the segmentation pieces without reaching the special ones."""
+        sp, found = self._sp, {name: getattr(self, name) for name in _SPECIAL}
+        wrong = [f"{name} is {i}, not {want}" for want, (name, i) in enumerate(found.items()) if i != want]
+        first = sp.vocab_size() - SEGMENTS - LOCATIONS
+        for start, name, count, digits in ((first, "loc", LOCATIONS, 4), (first + LOCATIONS, "seg", SEGMENTS, 3)):
+            want = [f"<{name}{i:0{digits}}>" for i in range(count)]
+            have = [sp.id_to_piece(i) if i >= 0 else "" for i in range(start, start + count)]
+            if off := [w for w, h in zip(want, have) if w != h]:
+                wrong.append(f"{len(off)} of the {count} pieces {want[0]}..{want[-1]} are not at ids {start}..{start + count - 1}")
+        if wrong:
+            raise UserError(
+                f"the text model is not PaliGemma-shaped, as layout openpi needs it: {'; '.join(wrong)}. "
+                "Use PaliGemma's tokenizer.model or the default one, or tokens.layout=native."
+            )
+        room = sp.vocab_size() - SEGMENTS - 4 - 256
+        if action_vocab > room:
+            raise UserError(
+                f"{action_vocab} action ids do not fit below the last pieces of a text model of {sp.vocab_size()}: at most {room}"
+            )
 
     @property
     def vocab_size(self) -> int:
         return self._sp.vocab_size()
+
+    @property
+    def pad(self) -> int:
+        return self._sp.pad_id()
 
     @property
     def bos(self) -> int:
@@ -44,6 +73,10 @@ class TextTokenizer:
     @property
     def eos(self) -> int:
         return self._sp.eos_id()
+
+    @property
+    def unk(self) -> int:
+        return self._sp.unk_id()
 
     @property
     def digest(self) -> str:
@@ -63,85 +96,14 @@ class TextTokenizer:
 
 
 def load(path: str = "") -> TextTokenizer:
-    """A `.model` file; empty: the default. Raises: UserError when it is absent or no SentencePiece model."""
-    file = Path(path).expanduser() if path else paths.find("data", "text/default.model")
+    """A `.model` file, or the name of one of this project's: default (8,192 pieces; also what "" means) or tiny (1,024, for models of
+    a size that a CPU trains). Raises: UserError when it is absent or no SentencePiece model with pad, eos, bos and unk."""
+    named = path in ("", "default", "tiny")
+    file = paths.find("data", f"text/{path or 'default'}.model") if named else Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"text model {file} does not exist. Set tokens.text_model to a SentencePiece .model file, or leave it empty.")
+        raise UserError(
+            f"text model {file} does not exist. Set tokens.text_model to a SentencePiece .model file, to tiny, or leave it empty for the default."
+        )
     tokenizer = TextTokenizer(file.read_bytes())
     tokenizer.vocab_size  # noqa: B018  a broken file is refused here, not in a thread later
     return tokenizer
-
-
-def train_default(*, vocab_size: int = 1024) -> bytes:
-    """The default model: BPE with byte fallback (any text can be written) on instructions composed below.
-
-    Pad 0, eos 1, bos 2, unk 3, as in Gemma. Deterministic.
-    """
-    import sentencepiece
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_corpus()),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        split_digits=True,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=["\n"],
-        num_threads=1,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
-    return out.getvalue()
-
-
-def _corpus() -> list[str]:
-    objects = """red block,green block,blue block,yellow block,bowl,cup,mug,plate,pot,pan,lid,spoon,fork,knife,carrot,banana,apple,
-        orange,lemon,corn,eggplant,bread,cheese,can,bottle,sponge,towel,cloth,drawer,cabinet,door,microwave,oven,sink,drying rack,
-        counter,table,shelf,basket,box,tray,button,lever,switch,faucet,stove,toy,ball,cube,peg,hole,cable,screwdriver,hammer,
-        book,pen,marker,sock,shirt,trash bin,brush,bag,handle,burger,toaster,kettle,cucumber,mushroom,potato,sushi,strawberry""".replace(
-        "\n", ""
-    ).split(",")
-    objects = [o.strip() for o in objects]
-    verbs = "pick up,put down,grasp,push,pull,open,close,lift,turn,rotate,flip,wipe,press,touch,slide,fold,unfold,pour,place,stack,hold,release,reach,knock over,sweep".split(
-        ","
-    )
-    places = "left of,right of,in front of,behind,on top of,inside,into,next to,above,below,under,near,to the left of,to the right of,from,on,in".split(
-        ","
-    )
-    lines = [f"{v} the {o}" for v, o in itertools.product(verbs, objects)]
-    lines += [
-        f"{v} the {a} {p} the {b}"
-        for v, p in itertools.product(("move", "put", "place"), places)
-        for a, b in zip(objects, objects[7:] + objects[:7])
-    ]
-    lines += [
-        f"Robot: {r}, {hz} Hz. Task: {t};\nAction: "
-        for (r, hz), t in zip(
-            itertools.cycle(
-                (
-                    ("tabletop_slider", 5),
-                    ("tabletop_arm", 10),
-                    ("tabletop_bimanual", 20),
-                    ("bridge_dataset", 5),
-                    ("droid", 15),
-                    ("fractal", 3),
-                    ("kuka", 10),
-                )
-            ),
-            lines * 2,
-        )
-    ]
-    lines += [f"Task: {t}, State: {i % 256} {i * 7 % 256} {i * 31 % 256};\nAction: " for i, t in enumerate(lines[:600])]
-    return lines
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_bytes(train_default())

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vla_jax import config as configs
+from vla_jax.tokens import files
 from vla_jax.types import TrainState, UserError
 
 
@@ -101,14 +102,19 @@ def check_same_run(meta: Meta, config: configs.Config, where: Path, source) -> N
         changed = [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
         raise UserError(f"{where} holds a run with another config ({'; '.join(changed[:6])}). Use another --workdir, or the same config.")
     for name, same in (
-        ("action tokenizer", meta.action_tokenizer["digest"] == layout.action.to_json()["digest"]),
+        ("action tokenizer", meta.action_tokenizer["digest"] == files.to_json(layout.action)["digest"]),
         ("text tokenizer", base64.b64decode(meta.text_model) == layout.text.model),
     ):
         if not same:
             raise UserError(
                 f"{where} was trained with another {name} than the one found now. Put back the file it had (action_tokenizer.json in the workdir, tokens.action_path or tokens.text_model), or use another --workdir."
             )
-    if meta.mixture != fingerprint and config.train.allow_new_mixture and layout.state and meta.state_dim != source.shape[2]:
+    if (
+        meta.mixture != fingerprint
+        and config.train.allow_new_mixture
+        and layout.state == "continuous"
+        and meta.state_dim != source.shape[2]
+    ):
         raise UserError(
             f"{where} was trained on states of {meta.state_dim} numbers (its mixture's largest) and the new mixture has {source.shape[2]}. "
             "Use another --workdir, or a mixture of the same size."

@@ -109,14 +109,8 @@ def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, b
 
 def request(source: Source, dataset: int, s) -> Request:
     """A sample's observation, as the actor takes it."""
-    card = source.indexes[dataset].card
-    return Request(
-        list(s.images.values()),
-        source.normalize_state(dataset, s.state),
-        source.layout.prompt(card.name, s.prompt),
-        len(s.actions),
-        s.actions.shape[1],
-    )
+    state = source.normalize_state(dataset, s.state)
+    return Request(list(s.images.values()), state, source.prompt(dataset, s.prompt, state), len(s.actions), s.actions.shape[1])
 
 
 def _by_unit(errors: list[np.ndarray], dims) -> dict[str, float]:

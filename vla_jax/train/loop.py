@@ -19,6 +19,7 @@ from vla_jax.data.source import Source, open_source
 from vla_jax.data.stream import Stream, initial_state
 from vla_jax.models import presets
 from vla_jax.models.presets import VLAConfig
+from vla_jax.tokens import files
 from vla_jax.train import checkpoint, evaluate, metrics, optim, state, step
 from vla_jax.train.checkpoint import Checkpointer, Meta
 from vla_jax.types import TrainState, UserError
@@ -44,8 +45,6 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
         raise UserError(f"workdir {workdir} cannot be made: {e.strerror}. Name a folder that may be written.") from e
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
     sharding.check_batch(config.pack.rows, mesh, where=where)
-    if config.tokens.state not in ("continuous", "none"):
-        raise UserError(f"tokens.state is {config.tokens.state!r}; allowed: continuous, none")
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
     started = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
     source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json", refit=not started)
@@ -53,7 +52,7 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
         config.model.preset,
         vocab=source.layout.vocab_size,
         image_size=config.data.image_size,
-        state_dim=source.shape[2] if source.layout.state else 0,
+        state_dim=source.shape[2] if source.layout.state == "continuous" else 0,
         dtype=config.model.dtype,
         remat=config.model.remat,
     )
@@ -110,7 +109,8 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
                     "data_wait_share": waited / elapsed,
                     "slots_used": values["tokens"] / (config.pack.rows * config.pack.length),
                 }
-                values |= {"skipped": _skipped(stream)}
+                values |= {"skipped": _total({f"{d}/{why}": n for (d, why), n in dict(stream.skipped).items()})}
+                values |= {"truncated": _total(dict(stream.truncated))}
                 writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}")
                 since, waited, at = time.perf_counter(), 0.0, now
             if held_out and (now == t.steps or (t.eval_every and now % t.eval_every == 0)):
@@ -128,10 +128,11 @@ def _used(source: Source) -> dict:
     return {ix.card.name: kept(ix) for ix in source.indexes}
 
 
-def _skipped(stream: Stream) -> dict[str, int]:
-    """Samples passed over since the run was started or resumed, on all hosts, by `dataset/cause`."""
+def _total(mine: dict[str, int]) -> dict[str, int]:
+    """What this process has counted since the run was started or resumed, summed over all hosts: samples passed over by
+    `dataset/cause`, samples whose text was cut by dataset."""
     total: Counter = Counter()
-    for counts in distributed.gather_json({f"{d}/{why}": n for (d, why), n in dict(stream.skipped).items()}):
+    for counts in distributed.gather_json(mine):
         total.update(counts)
     return dict(sorted(total.items()))
 
@@ -151,7 +152,7 @@ def _meta(run: Run, flow: np.ndarray) -> Meta:
         mixture=source.fingerprint(),
         cards=[json.loads(json.dumps(dataclasses.asdict(ix.card))) for ix in source.indexes],
         stats=[stats.to_json(s) for s in source.statistics],
-        action_tokenizer=source.layout.action.to_json(),
+        action_tokenizer=files.to_json(source.layout.action),
         text_model=base64.b64encode(source.layout.text.model).decode(),
         vocab=source.layout.vocab_size,
         state_dim=run.cfg.state_dim,

@@ -1,0 +1,147 @@
+"""Commands about data: cards, indexes, statistics, the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vla_jax import config
+from vla_jax.cli.arguments import bounded, command, positive
+from vla_jax.types import UserError
+
+
+def add(commands) -> None:
+    data = commands.add_parser("data", help="cards, indexes, statistics").add_subparsers(dest="action", required=True, metavar="ACTION")
+    command(data, "list", _data_list, "cards and mixtures that there are")
+    p = command(data, "draft", _data_draft, "a first draft of a dataset's card, from what it says of itself")
+    p.add_argument("dataset", metavar="NAME/VERSION")
+    p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
+    for name, run, text in (
+        ("check", _data_check, "hold a card against a dataset's features.json"),
+        ("index", _data_index, "index the datasets of a card or mixture in place"),
+        ("stats", _data_stats, "statistics of the training episodes, as JSON"),
+        ("inspect", _data_inspect, "the first frames of an episode, in robot units"),
+        ("report", _data_report, "one HTML page: weights, warnings, pictures, actions and distributions"),
+    ):
+        p = command(data, name, run, text)
+        p.add_argument("mixture", metavar="CARD|MIXTURE")
+        p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
+        p.add_argument("--index-dir", default="", metavar="DIR")
+        p.add_argument("--holdout", type=bounded("holdout"), default=config.Data.holdout)
+        p.add_argument(
+            "--max-skipped",
+            type=bounded("max_skipped"),
+            default=config.Data.max_skipped,
+            help="share of bad episodes above which a dataset is refused",
+        )
+        p.add_argument("--workers", type=int, default=0, help="scanning processes (0: one a core)")
+        if name == "inspect":
+            p.add_argument("--episode", type=int, default=0)
+            p.add_argument("--steps", type=positive, default=5)
+        if name == "report":
+            p.add_argument("--out", required=True, metavar="FILE.html")
+            p.add_argument(
+                "--config", default="", metavar="FILE[:ARG]", help="config whose chunk, tokens, holdout and max_skipped are shown"
+            )
+            p.set_defaults(holdout=None, max_skipped=None)
+
+
+def _data_list(args) -> int:
+    from vla_jax import paths
+    from vla_jax.data import cards, mixture
+
+    for name in cards.names():
+        card = cards.load(name)
+        print(
+            f"card     {name:24} {card.version:8} {card.control_hz:g} Hz, {len(card.views)} views, {len(card.action.dims)}-D actions, {card.robot}"
+        )
+    for path in sorted((paths.assets("data") / "mixtures").glob("*.yaml")):
+        mix = mixture.load(path.stem)
+        print(f"mixture  {path.stem:24} {', '.join(f'{c.name} {w:g}' for c, w in zip(mix.cards, mix.weights))}")
+    return 0
+
+
+def _data_draft(args) -> int:
+    from vla_jax.data import draft, rlds
+
+    name, _, version = args.dataset.partition("/")
+    if not name or not version or "/" in version:
+        raise UserError(f"{args.dataset!r} must be NAME/VERSION, the dataset's folders below --root, as in bridge_dataset/1.0.0")
+    print(draft.draft(rlds.dataset_dir(args.root, name, version), name, version), end="")
+    return 0
+
+
+def _data_check(args) -> int:
+    from vla_jax.data import cards, mixture, rlds
+
+    for card in mixture.load(args.mixture).cards:
+        place = rlds.dataset_dir(args.root, card.name, card.version)
+        cards.check(card, place)
+        print(f"{card.name}: fits {place}")
+    return 0
+
+
+def _indexes(args):
+    from tqdm import tqdm
+
+    from vla_jax.data import build, mixture
+
+    for card in mixture.load(args.mixture).cards:
+        show = lambda shards, total, name=card.name: tqdm(shards, total=total, desc=name, unit="shard")
+        yield build.ensure(
+            card, args.root, args.index_dir, holdout=args.holdout, max_skipped=args.max_skipped, workers=args.workers, progress=show
+        )
+
+
+def _data_index(args) -> int:
+    for ix in _indexes(args):
+        size = sum(f.stat().st_size for f in ix.path.iterdir())
+        skipped = ", ".join(f"{n} x {why}" for why, n in {**ix.skipped, **ix.filtered}.items()) or "nothing"
+        print(
+            f"{ix.card.name}: {ix.episodes} episodes, {ix.frames} frames, skipped {skipped}; {size / ix.frames:.0f} bytes a frame at {ix.path}"
+        )
+    return 0
+
+
+def _data_stats(args) -> int:
+    from vla_jax.data import stats
+
+    print(json.dumps({ix.card.name: stats.to_json(stats.compute(ix, args.holdout)) for ix in _indexes(args)}, indent=1))
+    return 0
+
+
+def _data_inspect(args) -> int:
+    import numpy as np
+
+    for ix in _indexes(args):
+        if not 0 <= args.episode < ix.episodes:
+            raise UserError(f"{ix.card.name} has episodes 0..{ix.episodes - 1}, not {args.episode}")
+        first, end = (int(ix.episode_start[args.episode + i]) for i in (0, 1))
+        print(
+            f"{ix.card.name} episode {args.episode}: {end - first} steps at {ix.card.control_hz:g} Hz, {' | '.join(ix.instructions(first))!r}"
+        )
+        print(f"  views: {', '.join(f'{v} ({int(ix.image[first, i, 1])} bytes)' for i, v in enumerate(ix.views))}")
+        for label, spec, values in (("state", ix.card.state, ix.state), ("action", ix.card.action, ix.action)):
+            print(f"  {label}: " + ", ".join(f"{d.name} [{d.unit}, {d.frame}, {d.kind}]" for d in spec.dims))
+            for row in np.asarray(values[first : min(first + args.steps, end)]):
+                print("    " + " ".join(f"{x:9.4f}" for x in row))
+    return 0
+
+
+def _data_report(args) -> int:
+    import dataclasses
+
+    from vla_jax.data import mixture, report
+
+    out = Path(args.out)
+    if out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out} must be a file that ends in .html")
+    c = config.load(args.config)[0] if args.config else config.Config()
+    for key in ("holdout", "max_skipped"):
+        if getattr(args, key) is None:
+            setattr(args, key, getattr(c.data, key))
+    where = {k: getattr(args, k) for k in ("root", "mixture", "index_dir", "holdout", "max_skipped")}
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, **where))
+    found = report.write(mixture.load(args.mixture), list(_indexes(args)), c, out)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {len(found)} warnings")
+    return 0

@@ -1,0 +1,120 @@
+"""Commands about runs: train, eval, export, config, demo, bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from vla_jax import config
+from vla_jax.cli.arguments import command, counts, folder, positive, words
+from vla_jax.types import UserError
+
+
+def add(commands) -> None:
+    command(commands, "train", _train, "train, or go on from the newest checkpoint in the workdir", takes_config=True, workdir=True)
+    p = command(commands, "eval", _eval, "token and action metrics of a run on held-out episodes", takes_config=True, workdir=True)
+    p.add_argument("--frames", type=positive, default=64, help="held-out frames per dataset for the action error")
+    p = command(commands, "export", _export, "a checkpoint -> a folder that acts on its own")
+    p.add_argument("run_dir", metavar="RUN[@STEP]", help="the workdir of a run, and optionally a step of it")
+    p.add_argument("out", metavar="OUT")
+    command(commands, "config", _config, "print the resolved config and where each value comes from", takes_config=True)
+    p = command(commands, "demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
+    p.add_argument("--workdir", default="runs/demo", type=folder, metavar="DIR")
+    p.add_argument("--steps", type=positive, help="training steps (default: as in configs/demo.py)")
+    p.add_argument("--episodes", type=positive, default=400, help="recorded per robot")
+    p.add_argument("--trials", type=positive, default=24, help="closed-loop episodes per robot")
+    bench = commands.add_parser("bench", help="measure, as ratios against a ceiling of the same run")
+    bench = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    data = command(bench, "data", _bench_data, "pictures a second of the data path on generated RLDS sets, and what it costs besides")
+    data.add_argument(
+        "--root", required=True, metavar="DIR", help="folder that holds bridge_dataset/1.0.0; the sets are made of its frames"
+    )
+    data.add_argument("--sets", type=words, default=None, metavar="A,B", help="of jpeg256, jpeg480, png256, png480 (default: all)")
+    data.add_argument("--cores", type=counts, default=(1, 2), metavar="N,M", help="measure on this many cores (default: 1,2)")
+    data.add_argument("--peers", action="store_true", help="also tensorflow-datasets on the same files")
+    data.add_argument("--seconds", type=float, default=2.0, help="length of one window (default: 2)")
+    data.add_argument("--frames", type=positive, default=0, help="smaller sets, to try it out")
+    step = command(bench, "step", _bench_step, "model FLOP/s of a config's training step", takes_config=True)
+    tokens = command(bench, "tokens", _bench_tokens, "chunks a second of the action tokenizers, beside HF's `tokenizers`")
+    for p in (data, step, tokens):
+        p.add_argument("--repeats", type=positive, default=5)
+        p.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
+
+
+def _train(args) -> int:
+    from vla_jax import distributed
+
+    line = distributed.initialize()
+    if distributed.is_main():
+        print(line)
+    from vla_jax.train import loop
+
+    loop.train(loop.prepare(args.config, args.workdir, where=args.config_spec))
+    return 0
+
+
+def _eval(args) -> int:
+    from vla_jax.train import evaluate
+
+    print(json.dumps(evaluate.run(args.config, args.workdir, frames=args.frames, where=args.config_spec), indent=1))
+    return 0
+
+
+def _export(args) -> int:
+    from vla_jax.deploy import export
+
+    run_dir, _, step = args.run_dir.partition("@")
+    if step and not step.isdigit():
+        raise UserError(f"{args.run_dir}: what follows @ is a step number, got {step!r}")
+    print(f"exported to {export.export(run_dir, args.out, step=int(step) if step else None)}")
+    return 0
+
+
+def _config(args) -> int:
+    print(config.render(args.config, args.origin))
+    return 0
+
+
+def _demo(args) -> int:
+    from vla_jax import demo
+
+    return demo.main(Path(args.workdir), steps=args.steps, episodes=args.episodes, trials=args.trials)
+
+
+def _bench_data(args) -> int:
+    from vla_jax.bench import data, run
+
+    lines = []
+    where = {"sets": args.sets or data.SETS, "cores": args.cores, "seconds": args.seconds, "frames": args.frames}
+    for line in run.data(args.root, repeats=args.repeats, peers=data.PEERS if args.peers else (), **where):
+        _show(line, args.out)
+        lines.append(line)
+    print(data.table(lines), file=sys.stderr)
+    return 0
+
+
+def _bench_step(args) -> int:
+    from vla_jax.bench import run
+
+    _show(run.step(args.config, repeats=args.repeats, where=args.config_spec), args.out)
+    return 0
+
+
+def _bench_tokens(args) -> int:
+    from vla_jax.bench import run, tokens
+
+    lines = []
+    for line in run.tokens(repeats=args.repeats):
+        _show(line, args.out)
+        lines.append(line)
+    print(tokens.table(lines), file=sys.stderr)
+    return 0
+
+
+def _show(line: dict, file: str) -> None:
+    """A result as one JSON line, at once, and appended to `file` if one is named."""
+    print(json.dumps(line), flush=True)
+    if file:
+        with open(file, "a") as f:
+            f.write(json.dumps(line) + "\n")

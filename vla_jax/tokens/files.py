@@ -1,0 +1,56 @@
+"""Action tokenizers as files: one small JSON each, with the format's version and a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from vla_jax.tokens import actions, bins, published
+from vla_jax.types import ActionTokenizer, UserError
+
+_READERS = {actions.FORMAT: actions.from_json, bins.FORMAT: bins.from_json, published.FORMAT: published.from_json}
+
+
+def to_json(tokenizer: ActionTokenizer) -> dict:
+    body = tokenizer.to_json()
+    return {**body, "digest": _digest(body)}
+
+
+def from_json(values: dict, *, where: str = "action tokenizer") -> ActionTokenizer:
+    """Raises: UserError when format, digest or content are not right."""
+    if not isinstance(values, dict) or values.get("format") not in _READERS:
+        found = values.get("format") if isinstance(values, dict) else values
+        raise UserError(f"{where} has format {str(found)[:80]!r}, expected one of: {', '.join(_READERS)}")
+    body = {k: v for k, v in values.items() if k != "digest"}
+    if values.get("digest") != _digest(body):
+        raise UserError(f"{where} is damaged: its digest does not match its content. Fit it again with `vla-jax tokens fit`.")
+    try:
+        return _READERS[body["format"]](body, where)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{where} is no tokenizer: {type(e).__name__}: {e}") from e
+
+
+def load(path: str | Path) -> ActionTokenizer:
+    """A file that `save` wrote, or the folder of a published FAST tokenizer. Raises: UserError."""
+    path = Path(path)
+    if path.is_dir():
+        return published.load(path)
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"action tokenizer {path} cannot be read: {e}") from e
+    return from_json(values, where=str(path))
+
+
+def save(tokenizer: ActionTokenizer, path: str | Path) -> None:
+    """Renamed into place when whole: another host may be reading."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(to_json(tokenizer)))
+    partial.replace(path)
+
+
+def _digest(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
