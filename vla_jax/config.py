@@ -72,6 +72,7 @@ class Tokens:
 @dataclasses.dataclass(frozen=True)
 class Model:
     preset: str = "debug"  # vla_jax/models/presets.py
+    init: str = ""  # a folder of `vla-jax import` to begin with; empty: random weights
     dtype: str = "bfloat16"  # of activations; parameters, norms and softmax are float32
     remat: str = "none"  # none | full | dots
 
@@ -170,6 +171,7 @@ class Config:
             d["data"].pop(key)
         for key in ("log_every", "eval_every", "eval_batches", "save_every", "keep", "allow_new_mixture", "steps"):
             d["train"].pop(key)
+        d["model"].pop("init")
         d.pop("mesh")
         return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -18,6 +18,16 @@ def add(commands) -> None:
     p = command(commands, "export", _export, "a checkpoint -> a folder that acts on its own")
     p.add_argument("run_dir", metavar="RUN[@STEP]", help="the workdir of a run, and optionally a step of it")
     p.add_argument("out", metavar="OUT")
+    p = command(commands, "import", _import, "pretrained weights of others -> a folder for model.init")
+    p.add_argument("source", metavar="SRC", help="a file or folder")
+    p.add_argument("--format", required=True, choices=("hf", "big_vision", "openpi"))
+    p.add_argument("--out", required=True, type=folder, metavar="DIR")
+    p.add_argument("--preset", default="3b", help="the model that it is (default: 3b, PaliGemma)")
+    p.add_argument("--more", default="", metavar="SRC", help="a second file: SigLIP and Gemma from two")
+    p.add_argument("--image-size", type=positive, default=224, help="positions are resized to it (default: 224)")
+    p.add_argument(
+        "--vocab", type=positive, default=0, help="rows of the embedding to take (default: all; PaliGemma has 257152 before padding)"
+    )
     command(commands, "config", _config, "print the resolved config and where each value comes from", takes_config=True)
     p = command(commands, "demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
     p.add_argument("--workdir", default="runs/demo", type=folder, metavar="DIR")
@@ -68,6 +78,20 @@ def _export(args) -> int:
     if step and not step.isdigit():
         raise UserError(f"{args.run_dir}: what follows @ is a step number, got {step!r}")
     print(f"exported to {export.export(run_dir, args.out, step=int(step) if step else None)}")
+    return 0
+
+
+def _import(args) -> int:
+    from vla_jax import distributed
+
+    if distributed.initialize() and Path(args.out).expanduser().exists():
+        raise UserError(f"{args.out} exists. Give a new folder.")
+    from vla_jax.train import state
+
+    found = state.convert(
+        args.source, args.format, args.out, preset=args.preset, more=args.more, image_size=args.image_size, vocab=args.vocab
+    )
+    print(f"{args.out}: {found['parameters']:,} parameters, {found['text_vocab']} rows of the embedding")
     return 0
 
 

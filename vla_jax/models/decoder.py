@@ -25,7 +25,7 @@ class _Attention(nn.Module):
         q, k, v = rope(q, position) * c.head_dim**-0.5, rope(kv[0], position), kv[1]
         if cache is not None:  # decoding: write the new keys and values, then look at all of them
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1) for old, new in zip(cache, (k, v)))
-        y = attention(q, k, v, mask)
+        y = attention(q, k, v, mask, most=c.attn_cap)
         out = Einsum((c.heads, c.head_dim, c.width), ("heads", None, "embed"), fan_in((0, 1), 2), name="attn_vec_einsum")(
             "bthe,hed->btd", y
         )
@@ -52,8 +52,10 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x, cache, position, mask, slot):
         y, kv = _Attention(self.cfg, name="attn")(RMSNorm(name="pre_attention_norm")(x), cache, position, mask, slot)
-        x = x + y
-        x = x + _Mlp(self.cfg, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
+        after = self.cfg.language.post_norms
+        x = x + (RMSNorm(name="post_attention_norm")(y) if after else y)
+        y = _Mlp(self.cfg, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
+        x = x + (RMSNorm(name="post_ffw_norm")(y) if after else y)
         return x, kv if self.keep_kv else None
 
 

@@ -84,10 +84,15 @@ def rope(x, position):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q, k, v, mask):
+def cap(x, most: float):
+    """most * tanh(x / most): keeps numbers within +-most (Gemma 2); 0: no cap."""
+    return most * jnp.tanh(x / most) if most else x
+
+
+def attention(q, k, v, mask, *, most: float = 0.0):
     """q [b t heads hd] (already scaled), k and v [b s kv hd], mask bool[b t s] or None -> [b t heads hd].
 
-    Heads share keys and values in equal groups. Softmax in float32; a row without anything to see gets the mean of v,
+    Heads share keys and values in equal groups. Softmax in float32, of scores capped at `most`; a row without anything to see gets the mean of v,
     which stays in padding and is never read.
     """
     b, t, heads, hd = q.shape
@@ -96,6 +101,7 @@ def attention(q, k, v, mask):
     q = q.reshape(b, t, kv, heads // kv, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, hd)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
+    scores = cap(scores, most)
     if mask is not None:
         grouped = scores.reshape(b, kv, heads // kv, t, -1)
         scores = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape)

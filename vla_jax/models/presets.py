@@ -20,7 +20,9 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """Gemma-style decoder (Gemma Team, 2024): RMSNorm, rotary positions, GeGLU, shared key/value heads."""
+    """Gemma-style decoder (Gemma Team, 2024): RMSNorm, rotary positions, GeGLU, shared key/value heads. The last three are Gemma 2's:
+    a norm behind attention and MLP, too, and caps c * tanh(x / c) on attention's scores and on the logits (0: none). Its sliding
+    window of 4,096 tokens is longer than any row here, and left out."""
 
     width: int
     depth: int
@@ -28,6 +30,9 @@ class Language:
     kv_heads: int
     head_dim: int
     mlp: int
+    post_norms: bool = False
+    attn_cap: float = 0.0
+    logit_cap: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +50,16 @@ class VLAConfig:
         return (self.image_size // self.vision.patch) ** 2
 
 
+_SO400M = Vision(1152, 27, 16, 4304, 14)
 PRESETS = {
     "tiny": (Vision(32, 2, 2, 64, 16), Language(32, 2, 2, 1, 16, 64)),
     "debug": (Vision(96, 2, 3, 256, 8), Language(128, 4, 4, 1, 32, 384)),
     "demo": (Vision(96, 2, 3, 256, 16), Language(128, 2, 4, 1, 32, 256)),
-    "300m": (Vision(384, 12, 6, 1536, 16), Language(1024, 18, 8, 1, 128, 4096)),
-    "3b": (Vision(1152, 27, 16, 4304, 14), Language(2048, 18, 8, 1, 256, 16384)),
+    "100m": (Vision(384, 12, 6, 1536, 16), Language(640, 12, 8, 1, 128, 2560)),
+    "300m": (Vision(768, 12, 12, 3072, 16), Language(1024, 14, 8, 1, 128, 4096)),
+    "1b": (_SO400M, Language(1152, 18, 8, 1, 256, 6144)),
+    "3b": (_SO400M, Language(2048, 18, 8, 1, 256, 16384)),  # PaliGemma: SigLIP So400m/14 and Gemma 2B
+    "paligemma2_3b": (_SO400M, Language(2304, 26, 8, 4, 256, 9216, post_norms=True, attn_cap=50.0, logit_cap=30.0)),  # Gemma 2 2B
 }
 DTYPES, REMAT = ("bfloat16", "float32"), ("none", "full", "dots")
 

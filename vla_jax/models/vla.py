@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.decoder import Decoder
-from vla_jax.models.layers import fan_in, weight
+from vla_jax.models.layers import cap, fan_in, weight
 from vla_jax.models.presets import VLAConfig
 from vla_jax.models.vit import ImageEncoder
 from vla_jax.sharding import constrain
@@ -98,6 +98,12 @@ def apply(cfg: VLAConfig, params: dict, batch):
 def embedding(params: dict):
     """The tied input and output embedding, f32[vocab d]."""
     return params["llm"]["embedder"]["input_embedding"]
+
+
+def logits(cfg: VLAConfig, params: dict, hidden):
+    """f32[.. vocab] of hidden states [.. d]. Of few positions only: a training step never makes them whole (train.losses)."""
+    scores = jnp.einsum("...d,vd->...v", hidden, embedding(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return cap(scores, cfg.language.logit_cap)
 
 
 def prefill(cfg: VLAConfig, params: dict, batch):

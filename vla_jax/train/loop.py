@@ -75,7 +75,9 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
         current = checkpoints.restore(first, abstract, where)
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
-        current = state.create(run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema)
+        current = state.create(
+            run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema, init=config.model.init, text_vocab=run.source.layout.text.vocab_size
+        )
     if first >= t.steps:
         if distributed.is_main() and not quiet:
             print(f"already done: {run.workdir} is at step {first} of {t.steps}")

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vla_jax.models import vla
+from vla_jax.models import presets, pretrained, vla
 from vla_jax.models.presets import VLAConfig
-from vla_jax.sharding import RULES
+from vla_jax.sharding import RULES, make_mesh
 from vla_jax.types import TrainState
 
 jax.tree_util.register_dataclass(TrainState, [f.name for f in dataclasses.fields(TrainState)], [])
 
 
-def _init(cfg: VLAConfig, tx: optax.GradientTransformation, seed: int, with_ema: bool) -> TrainState:
+def _init(cfg: VLAConfig, tx: optax.GradientTransformation, seed: int, with_ema: bool, params=None) -> TrainState:
     key = jax.random.key(seed)
-    params = vla.init(cfg, jax.random.fold_in(key, 0))
+    params = vla.init(cfg, jax.random.fold_in(key, 0)) if params is None else params
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, jax.random.key_data(key))
 
@@ -27,20 +27,45 @@ def _init(cfg: VLAConfig, tx: optax.GradientTransformation, seed: int, with_ema:
 def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_ema: bool):
     """(abstract TrainState, its shardings). Whatever in the optimizer state mirrors the parameters is divided like them."""
     abstract = jax.eval_shape(lambda: _init(cfg, tx, 0, with_ema))
-    axes = vla.logical_axes(cfg)
-    specs = jax.tree.map(
-        lambda p, a: NamedSharding(mesh, RULES.spec(a, p.shape, mesh)),
-        abstract.params,
-        axes,
-        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct),
-    )
+    specs = param_shardings(cfg, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     opt = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, specs, transform_non_params=lambda _: whole)
     return abstract, TrainState(whole, specs, opt, specs if with_ema else None, whole)
 
 
-def create(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, seed: int, with_ema: bool) -> TrainState:
-    """A fresh state, initialised sharded."""
+def param_shardings(cfg: VLAConfig, mesh) -> dict:
+    shapes = jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0)))
+    return jax.tree.map(
+        lambda p, a: NamedSharding(mesh, RULES.spec(a, p.shape, mesh)),
+        shapes,
+        vla.logical_axes(cfg),
+        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct),
+    )
+
+
+def convert(source: str, kind: str, out: str, *, preset: str, more: str, image_size: int, vocab: int) -> dict:
+    """Weights of others -> a folder for `model.init`, through the devices' memory, sharded over all of them. Returns what it
+    writes about them. Raises: UserError."""
+    mesh = make_mesh(1, -1, 1)
+    cfg = presets.resolve(preset, vocab=128, image_size=image_size, state_dim=0, dtype="float32", remat="none")
+    vocab = vocab or pretrained.rows(source, kind, cfg) or (pretrained.rows(more, kind, cfg) if more else 0)
+    cfg = dataclasses.replace(cfg, vocab=-(-vocab // 128) * 128)
+    with jax.set_mesh(mesh):
+        params = pretrained.load(source, kind, cfg, param_shardings(cfg, mesh), text_vocab=vocab, more=more)
+    about = {"format": "vla_jax.import.1", "source": str(source), "more": str(more), "kind": kind, "preset": preset}
+    about |= {"image_size": image_size, "text_vocab": vocab, "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    pretrained.save(params, out, about)
+    return about
+
+
+def create(
+    cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, seed: int, with_ema: bool, init: str = "", text_vocab: int = 0
+) -> TrainState:
+    """A fresh state, initialised sharded; init: a folder that `convert` wrote, whose parameters it begins with. text_vocab: ids of
+    the text model; only so many rows of the embedding are taken. Raises: UserError when they are not this model's."""
     _, where = shardings(cfg, tx, mesh, with_ema=with_ema)
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: _init(cfg, tx, seed, with_ema), out_shardings=where)()
+        if not init:
+            return jax.jit(lambda: _init(cfg, tx, seed, with_ema), out_shardings=where)()
+        params = pretrained.load(init, "native", cfg, where.params, text_vocab=text_vocab, seed=seed)
+        return jax.jit(lambda p: _init(cfg, tx, seed, with_ema, p), out_shardings=where, donate_argnums=0)(params)
