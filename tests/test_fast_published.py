@@ -175,6 +175,14 @@ def test_malformed_ids(processor):
         with pytest.raises(actions.MalformedTokens):
             ours.decode(bad, steps=5, dims=7, malformed="raise")
     assert np.array_equal(ours.decode(np.insert(ids, 0, -1), steps=5, dims=7)[0], good)
+    assert np.abs(good).max() < 1.6
+    by_byte = {raw: t for t, raw in enumerate(ours._bytes)}
+    if {b"\xef", b"\xbf", b"\xbd"} <= set(by_byte):
+        back, valid = ours.decode(np.insert(ids, 0, [by_byte[b"\xef"], by_byte[b"\xbf"], by_byte[b"\xbd"]]), steps=5, dims=7)
+        assert not valid and np.array_equal(back, good)  # a character that no coefficient is written as moves no robot
+    both = np.arange(14).reshape(2, 7) / 20
+    held, _ = ours.decode_batch([ids[:-1], ids[:0]], steps=5, dims=7, malformed="hold", last=both)
+    assert np.allclose(held, np.repeat(both[:, None], 5, axis=1))
     two = np.flatnonzero([len(raw) == 1 and raw[0] >= 0xC2 for raw in ours._bytes])  # the first byte of a character, alone
     assert not ours.decode(np.insert(ids, 0, two[0]), steps=5, dims=7)[1]
 
@@ -209,6 +217,41 @@ def test_golden_vector_as_far_as_it_goes_without_the_released_file(tmp_path):
     np.testing.assert_allclose(ours.decode([294, 1239, 258, 256], steps=4, dims=2)[0], chunk, atol=1e-6)
 
 
+def test_without_gpt2s_pattern_and_with_merges_as_text(processor, tmp_path):
+    """`use_regex` off, and merges written "a b" as older files do: still HF's ids."""
+    theirs, folder = processor
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["pre_tokenizer"]["use_regex"] = False
+    values["model"]["merges"] = [" ".join(m) if not isinstance(m, str) else m for m in values["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "processor_config.json").write_bytes((folder / "processor_config.json").read_bytes())
+    ours, other = files.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    able, rng = np.unique(ours._spelling[1]), np.random.default_rng(0)
+    for _ in range(50):
+        chars = able[rng.integers(len(able), size=(4, 9))]
+        chunk = actions.dct_matrix(4).T @ ((chars + ours.min_coef) / ours.scale)
+        assert ours.encode(chunk).tolist() == other.encode("".join(map(chr, chars.reshape(-1)))).ids
+    made = {words: small(["A", "!", "A!"], [("A", "!")], min_coef=0, words=words) for words in (True, False)}
+    chunk = np.array([[ord("A"), ord("!")]]) / 10
+    assert made[True].encode(chunk).tolist() == [0, 1] and made[False].encode(chunk).tolist() == [2]
+
+
+def small(pieces, merges=(), **options):
+    body = {"scale": 10.0, "min_coef": -5, "pieces": pieces, "merges": merges, "words": False} | options
+    return published.from_json(body, "here")
+
+
+def test_vocabularies_that_no_sampler_could_finish():
+    letter = {byte: char for char, byte in published._byte_alphabet().items()}
+    with pytest.raises(UserError, match="cannot finish"):
+        small(["AA", "A", letter[0xC2]])  # begins a character that nothing ends
+    with pytest.raises(UserError, match="cannot finish"):
+        small(["\u3000"])
+    with pytest.raises(UserError, match="stand there twice"):
+        small(["A", "A"])
+    assert small(["A", letter[0xC2], letter[0xA9]]).max_coef == 0xA9 - 5
+
+
 def test_saved_as_one_file(processor, tmp_path):
     _, folder = processor
     ours = files.load(folder)
@@ -236,7 +279,23 @@ def test_files_that_are_something_else(processor, tmp_path):
     refused("merges name", t={**tokenizer, "model": {**model, "merges": [["zz", "y"]]}})
     refused("ids have gaps", t={**tokenizer, "model": {**model, "vocab": {"a": 0, "b": 5}}})
     refused("damaged", t={**tokenizer, "model": {**model, "merges": [3]}})
-    refused("scale is -1", s={**settings, "scale": -1})
+    refused("merges name", t={**tokenizer, "model": {**model, "merges": ["zz y"]}})  # as older files write them
+    for odd in (
+        {"post_processor": {"type": "TemplateProcessing"}},
+        {"added_tokens": [{"id": 0}]},
+        {"model": [1]},
+        {"model": "BPE"},
+        {"pre_tokenizer": [1]},
+    ):
+        refused("post_processor|added_tokens|damaged", t={**tokenizer, **odd})
+    for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "dropout", "byte_fallback", "fuse_unk"):
+        refused(f"model.{key}", t={**tokenizer, "model": {**model, key: True}})
+    refused("pre_tokenizer", t={**tokenizer, "pre_tokenizer": {**tokenizer["pre_tokenizer"], "add_prefix_space": True}})
+    refused("says vocab_size 5", s={**settings, "vocab_size": 5})
+    for odd in (-1, 1e-9, float("inf"), 10**400):
+        refused("scale|damaged", s={**settings, "scale": odd})
+    for odd in (-354.7, float("inf"), 10**12):
+        refused("whole number|no tokenizer's", s={**settings, "min_token": odd})
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json cannot be read"):
         files.load(tmp_path)

@@ -1,5 +1,6 @@
 """Export, policy and closed loop."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -96,10 +97,30 @@ def test_what_a_caller_gets_for_a_malformed_chunk(exported, monkeypatch):
     assert not robot.act([obs])[0][1]
     with pytest.raises(actions.MalformedTokens):
         robot.act([obs], malformed="raise")
-    with pytest.raises(ValueError, match="needs last_action"):
+    with pytest.raises(ValueError, match="observation lacks last_action"):
         robot.act([obs], malformed="hold")
-    ((chunk, valid),) = robot.act([{**obs, "last_action": np.array([0.05, -0.02, 1.0])}], malformed="hold")
-    assert not valid and np.allclose(chunk, [0.05, -0.02, 1.0], atol=1e-6)
+    last = np.array([0.05, -7.0, 1.0])  # beyond what normalising keeps, and yet what is held
+    ((chunk, valid),) = robot.act([{**obs, "last_action": last}], malformed="hold")
+    assert not valid and np.array_equal(chunk, np.tile(last.astype(np.float32), (2, 1)))
+    for odd in (np.nan, 0.5, last[:2], last * np.nan):
+        with pytest.raises(ValueError, match="last_action must be 3 finite numbers"):
+            robot.act([{**obs, "last_action": odd}], malformed="hold")
+    monkeypatch.undo()
+    assert robot.act([obs])[0][1]
+    with pytest.raises(ValueError, match="allowed: repair, hold, raise"):
+        robot.act([obs], malformed="riase")  # at once, not at the first malformed chunk
+    with pytest.raises(ValueError, match="prompt must be text"):
+        robot.act([{**obs, "prompt": b"push"}])
+    assert robot.act([{**obs, "prompt": "push \ud800"}])[0][1]
+
+
+def test_an_instruction_that_is_cut_is_said_when_acting(exported):
+    _, _, out = exported
+    robot = policy.Policy.load(out, robot="tabletop_arm")
+    limited = dataclasses.replace(robot, layout=dataclasses.replace(robot.layout, limit=12))
+    limited.actor.layout = limited.layout
+    with pytest.warns(UserWarning, match=r"tokens of the instruction .* do not fit tokens.limit 12"):
+        limited.act([TabletopEnv("tabletop_arm").reset(EVAL_SEED)])
 
 
 def test_policy_acts_in_a_process_that_never_trained(exported):

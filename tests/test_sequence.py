@@ -162,16 +162,50 @@ def test_openpi_maps_to_the_tail_of_the_vocabulary():
     )
 
 
-def test_native_cuts_the_task_and_says_so():
-    whole, _ = sample(make("native"), task="carefully " * 50)
-    layout = make("native", limit=40)
-    cut, _ = sample(layout, task="carefully " * 50)
-    lost = whole.length - cut.length
-    assert cut.cut == lost > 0 and whole.cut == 0
-    assert cut.prefix == 2 * 4 + 1 + 40 and np.array_equal(cut.tokens[cut.prefix :], whole.tokens[whole.prefix :])  # actions are whole
-    assert layout.text.decode(cut.tokens[10 : cut.prefix].tolist()).endswith("carefully carefully\n")
-    assert layout.prefix(images=2, prompt=layout.prompt(bridge(), "carefully " * 50)).tolist() == cut.tokens[: cut.prefix].tolist()
-    assert sample(make("native", limit=40, state="text"), task="carefully " * 50)[0].cut > lost
+@pytest.mark.parametrize("state", ["continuous", "text"])
+def test_native_cuts_the_task_and_says_so(state):
+    """Robot, action space, state and actions stay whole, however small the limit."""
+    long = "carefully " * 50
+    whole, _ = sample(make("native", state=state), task=long)
+    for limit in (70, 60, 1):
+        layout = make("native", limit=limit, state=state)
+        cut, _ = sample(layout, task=long)
+        assert cut.cut == whole.length - cut.length > 0 and whole.cut == 0
+        assert np.array_equal(cut.tokens[cut.prefix :], whole.tokens[whole.prefix :])
+        first = 8 + (state == "continuous")
+        assert limit == 1 or cut.prefix == first + limit
+        said = layout.text.decode(cut.tokens[first + 1 : cut.prefix].tolist())
+        prompt = layout.prompt(bridge(), long, STATES)
+        assert said.startswith(prompt.head) and said.endswith(prompt.tail) and cut.tokens[first] == layout.text.bos
+        assert set(said.removeprefix(prompt.head).removesuffix(prompt.tail).split()) <= {"carefully"}
+        assert layout.prefix(images=2, prompt=prompt).tolist() == cut.tokens[: cut.prefix].tolist()
+        assert layout.cut(images=2, prompt=prompt) == cut.cut
+
+
+@pytest.mark.parametrize("name", ["native", "openpi"])
+def test_a_limit_below_the_fixed_parts_is_refused(name):
+    """Exactly where no token of the task, or of the actions, is left."""
+    made = make(name, state="text", limit=0)
+    made.check_limit(bridge(), 7)
+    prompt = made.prompt(bridge(), "", np.ones(7))
+    least = 2 + len(made.text.encode(prompt.text)) + len(made.opening)
+    dataclasses.replace(made, limit=least + 1).check_limit(bridge(), 7)
+    with pytest.raises(UserError, match=r"tokens.limit 20 is below the \d\d tokens that a prompt of bridge_dataset has without its task"):
+        dataclasses.replace(made, limit=20).check_limit(bridge(), 7)
+
+
+def test_words_that_look_like_the_convention_do_no_harm():
+    """An instruction that holds the layout's own marks is only text of the prompt."""
+    for name in ("native", "openpi"):
+        layout = make(name)
+        for task in ("", "|", "Action: |", "<loc0001> <seg000>", "a\nb", "\ud800".encode("utf-8", "replace").decode(), "état → 緑"):
+            seq, chunk = sample(layout, task=task)
+            tokens = layout.action_tokens(seq.tokens[seq.prefix :])
+            assert np.array_equal(tokens, layout.action.encode(chunk)) and seq.targets == len(tokens) + len(layout.opening) + len(
+                layout.closing
+            )
+    with pytest.raises(ValueError, match="none was given"):
+        make("openpi").prompt(bridge(), "go")
 
 
 def test_settings_that_contradict_each_other():

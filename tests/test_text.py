@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla_jax import paths
-from vla_jax.tokens import text, text_model
+from vla_jax.tokens import sequence, text, text_model
 from vla_jax.types import UserError
+
+SPOKEN = "Task: , State: 0123456789-;\nAction: |"
 
 
 @pytest.mark.parametrize("name", ["default", "tiny"])
@@ -36,7 +38,13 @@ def test_default_model_has_paligemmas_pieces():
     tail = [sp.id_to_piece(i) for i in range(sp.vocab_size() - 1152, sp.vocab_size())]
     assert tail == [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
     assert tokenizer.encode("a <loc0007><seg127> b")[2:4] == [sp.vocab_size() - 1152 + 7, sp.vocab_size() - 1]
-    tokenizer.check_paligemma(2048)
+    tokenizer.check_paligemma(2048, SPOKEN)
+    below = [sp.id_to_piece(i) for i in range(sp.vocab_size() - 1152 - 1024, sp.vocab_size() - 1152)]
+    assert all(len(p) > 1 and sp.get_score(sp.piece_to_id(p)) <= sp.get_score(sp.piece_to_id(below[0])) for p in below)  # the rarest merges
+    with pytest.raises(UserError, match="9000 action ids do not fit"):
+        tokenizer.check_paligemma(9000, SPOKEN)
+    letters = set(range(sp.vocab_size() - 129 - 2048, sp.vocab_size())) & set(tokenizer.encode(SPOKEN))
+    assert not letters
 
 
 @pytest.mark.parametrize("name", ["default", "tiny"])
@@ -70,12 +78,16 @@ def test_a_users_own_model(tmp_path):
     own = text.load(str(path))
     assert own.decode(own.encode("put the cup on the shelf")) == "put the cup on the shelf"
     with pytest.raises(UserError, match="1024 of the 1024 pieces"):
-        own.check_paligemma(10)
+        own.check_paligemma(10, "a")
     path.write_bytes(text_model._with_tail(foreign()))
-    text.load(str(path)).check_paligemma(10)
+    text.load(str(path)).check_paligemma(10, "put")
     path.write_bytes(text_model._with_tail(foreign(bos_id=1, eos_id=2)))
     with pytest.raises(UserError, match="eos is 2, not 1; bos is 1, not 2"):
-        text.load(str(path)).check_paligemma(10)
+        text.load(str(path)).check_paligemma(10, "put")
+    with pytest.raises(UserError, match=r"cannot write '0', '1'.*'\\n'.*byte_fallback"):
+        own.check_writes("01\n")
+    with pytest.raises(UserError, match="cannot write"):
+        sequence.Layout(own, None, 4, "none")
     path.write_bytes(foreign(pad_id=-1))
     with pytest.raises(UserError, match="lacks the special pieces pad;.*--pad_id"):
         text.load(str(path))

@@ -171,7 +171,12 @@ class Config:
             d["data"].pop(key)
         for key in ("log_every", "eval_every", "eval_batches", "save_every", "keep", "allow_new_mixture", "steps"):
             d["train"].pop(key)
-        d["model"].pop("init")
+        for group, key in (
+            ("model", "init"),
+            ("tokens", "action_path"),
+            ("tokens", "text_model"),
+        ):  # where, not what: that is compared by content
+            d[group].pop(key)
         d.pop("mesh")
         return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from vla_jax.deploy.rollout import wilson
 from vla_jax.train import metrics
+from vla_jax.types import UserError
 
 
 def table(run: Path, errors: dict, trained: dict, untrained: dict) -> str:
@@ -73,6 +74,16 @@ def picture(run: Path, errors: dict, dims: dict[str, list[str]], trained: dict, 
     return out
 
 
+def check_picture(name: str) -> None:
+    """Raises: UserError when matplotlib is missing or cannot write such a file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError("pictures need matplotlib: pip install 'vla-jax[sim]'") from e
+    if Path(name).suffix[1:].lower() not in (known := Figure().canvas.get_supported_filetypes()):
+        raise UserError(f"{name}: no picture format; there are {', '.join(sorted(known))}")
+
+
 def tokens_picture(rows: list[dict], out: Path) -> Path:
     """Error against length of the tokenizers in rows of data.tokenization.measure, a panel per dataset."""
     import matplotlib
@@ -88,23 +99,31 @@ def tokens_picture(rows: list[dict], out: Path) -> Path:
     for axis, name in zip(axes.flat, names):
         mine = [r for r in rows if r["dataset"] == name]
         for kind, i in kinds.items():
-            points = sorted((r["tokens"], r["rmse"], r["vocab"]) for r in mine if _kind(r) == kind)
-            if points:
-                x, y, vocab = zip(*points)
-                axis.plot(x, y, "s" if "x" not in kind else "o-", color=f"C{i}", markersize=6, label=kind)
-                for point in points:
-                    axis.annotate(str(point[2]), point[:2], textcoords="offset points", xytext=(4, 5), fontsize=7, color="0.35")
+            labels: dict[tuple[float, float], list[str]] = {}
+            for r in (r for r in mine if _kind(r) == kind):
+                labels.setdefault((r["tokens"], r["rmse"]), []).append(r["tokenizer"].split()[1])
+            if labels:
+                x, y = zip(*sorted(labels))
+                axis.plot(x, y, "o-" if "x" in kind else "s", color=f"C{i}", markersize=6, label=kind)
+                for above, point in enumerate(sorted(labels)):  # above and below in turns: neighbours are near
+                    axis.annotate(
+                        "/".join(sorted(labels[point], key=int)),
+                        point,
+                        textcoords="offset points",
+                        xytext=(0, -13 if above % 2 else 7),
+                        fontsize=7,
+                        ha="center",
+                    )
         steps, dims = mine[0]["chunk"]
-        axis.set(title=f"{name}: {steps} x {dims} numbers", xlabel="tokens a chunk", ylabel="rmse, normalised", yscale="log", xscale="log")
+        axis.set(title=f"{name}: {steps} x {dims} numbers", xlabel="tokens a chunk", ylabel="rmse, normalised", yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.margins(0.15)
-        for along in (axis.xaxis, axis.yaxis):
-            along.set_major_formatter("{x:g}")
-            along.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else ""))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else ""))
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     axes.flat[0].legend(fontsize=8)
-    figure.suptitle("beside each point: ids in the vocabulary", fontsize=9)
+    figure.suptitle("beside each point: ids asked for", fontsize=9)
     figure.savefig(out, dpi=90)
     plt.close(figure)
     return out
@@ -112,4 +131,4 @@ def tokens_picture(rows: list[dict], out: Path) -> Path:
 
 def _kind(row: dict) -> str:
     """`fast x10` of `fast 1024 x10`."""
-    return " ".join(part for part in row["tokenizer"].split() if not part.isdigit())
+    return " ".join(part for part in row["tokenizer"].split() if not part.isdigit() and part != "*")

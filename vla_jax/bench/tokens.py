@@ -19,7 +19,8 @@ def run(*, repeats: int, chunks: int = CHUNKS) -> Iterator[dict]:
     """One line per shape, engine (numba where it is installed, numpy) and direction, in chunks per CPU-second, medians over
     `repeats` rounds in which ours and theirs take turns.
 
-    ours: from numbers to ids, or back. hf: only byte-pair encoding, of text that is ready (decode: from ids to text). processor:
+    ours: from numbers to ids, or back, all chunks in one call (`batch` of them, as training does it) or one a call (batch 1, as a robot
+    decodes); theirs always one a call. hf: only byte-pair encoding, of text that is ready (decode: from ids to text). processor:
     what a FAST processor does around it, with scipy's transform. ceiling: the transform and its rounding alone. Raises: UserError when
     `tokenizers` or scipy is missing, or ids or decoded chunks differ.
     """
@@ -59,21 +60,28 @@ def _shape(fitted: actions.FastTokenizer, x: np.ndarray, repeats: int) -> Iterat
             "processor": lambda: np.stack([theirs.decode(i, steps, dims) for i in ids]),
         },
     }
-    ours = {"encode": lambda: fitted.encode_batch(x), "decode": lambda: fitted.decode_batch(ids, steps=steps, dims=dims)[0]}
+    ours = {
+        ("encode", n): lambda: fitted.encode_batch(x),
+        ("encode", 1): lambda: [fitted.encode(c) for c in x],
+        ("decode", n): lambda: fitted.decode_batch(ids, steps=steps, dims=dims)[0],
+        ("decode", 1): lambda: np.stack([fitted.decode(i, steps=steps, dims=dims)[0] for i in ids]),
+    }
     compiled = bpe._compiled()
     for engine in ["numba", "numpy"] if compiled else ["numpy"]:
         bpe._compiled = (lambda: compiled) if engine == "numba" else (lambda: None)
         try:
-            if not [i.tolist() for i in ours["encode"]()] == work["encode"]["hf"]():
-                raise UserError(f"ids differ from those of HF's tokenizers at {steps} x {dims} ({engine})")
-            if not np.allclose(ours["decode"](), work["decode"]["processor"](), atol=1e-5):
-                raise UserError(f"decoded chunks differ from the processor's at {steps} x {dims}")
-            for direction, peers in work.items():
+            want_ids, want = work["encode"]["hf"](), work["decode"]["processor"]()
+            for (direction, batch), mine in ours.items():
                 if direction == "decode" and engine == "numpy" and compiled:
                     continue  # it is the same code
+                peers, made = work[direction], mine()
+                if direction == "encode" and [i.tolist() for i in made] != want_ids:
+                    raise UserError(f"ids differ from those of HF's tokenizers at {steps} x {dims} ({engine}, batch {batch})")
+                if direction == "decode" and not np.allclose(made, want, atol=1e-5):
+                    raise UserError(f"decoded chunks differ from the processor's at {steps} x {dims} (batch {batch})")
                 took: dict[str, list[float]] = {}
                 for _ in range(repeats):
-                    for name, f in {"ours": ours[direction], **peers}.items():
+                    for name, f in {"ours": mine, **peers}.items():
                         before = time.process_time()
                         f()
                         took.setdefault(name, []).append(time.process_time() - before)
@@ -82,6 +90,7 @@ def _shape(fitted: actions.FastTokenizer, x: np.ndarray, repeats: int) -> Iterat
                     "what": direction,
                     "chunk": [steps, dims],
                     "engine": engine,
+                    "batch": batch,
                     "tokens": round(float(np.mean([len(i) for i in ids])), 1),
                     **{f"{name}_per_s": round(r) for name, r in rate.items()},
                     "of_ceiling": round(rate["ours"] / rate["ceiling"], 3),
@@ -123,10 +132,12 @@ class _Processor:
 
 
 def table(lines: list[dict]) -> str:
-    head = ["what", "chunk", "engine", "tokens", "ours/s", "HF/s", "processor/s", "ceiling/s", "x HF", "x processor"]
+    head = ["what", "chunk", "engine", "batch", "tokens", "ours/s", "HF/s", "processor/s", "ceiling/s", "x HF", "x processor"]
     keys = ("ours_per_s", "hf_per_s", "processor_per_s", "ceiling_per_s", "times_hf", "times_processor")
     rows = [head]
     for r in lines:
-        rows.append([r["what"], "x".join(map(str, r["chunk"])), r["engine"], str(r["tokens"]), *(f"{r[k]:,}" for k in keys)])
+        rows.append(
+            [r["what"], "x".join(map(str, r["chunk"])), r["engine"], str(r["batch"]), str(r["tokens"]), *(f"{r[k]:,}" for k in keys)]
+        )
     width = [max(len(r[i]) for r in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(r, width)) for r in rows)

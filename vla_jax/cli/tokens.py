@@ -32,8 +32,16 @@ def _open(args, path=None):
     from vla_jax.data import source
     from vla_jax.models import presets
 
+    if args.plot:  # what cannot be written is said before the work
+        from vla_jax import report
+
+        report.check_picture(args.plot)
+    for name in (args.json, args.plot):
+        if name and not Path(name).absolute().parent.is_dir():
+            raise UserError(f"the folder of {name} does not exist")
     c = args.config
-    opened = source.open_source(c, tokens_per_image=presets.tokens_per_image(c.model.preset, c.data.image_size), tokenizer_path=path)
+    patches = presets.tokens_per_image(c.model.preset, c.data.image_size)
+    opened = source.open_source(c, tokens_per_image=patches, tokenizer_path=path, rows=False)
     if not c.data.holdout:
         print("data.holdout is 0: measured on the training episodes", file=sys.stderr)
     return opened, opened.held_out() if c.data.holdout else opened
@@ -42,24 +50,27 @@ def _open(args, path=None):
 def _fit(args) -> int:
     from vla_jax.data import tokenization
 
-    out = _new(args.out)
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} exists. Give a new file.")
     if args.config.tokens.action_path:
         raise UserError("tokens.action_path names a tokenizer that is fitted already; leave it empty to fit one")
     opened, held_out = _open(args, out)
     print(f"{out}: {tokenization.name(opened.layout.action)}, {out.stat().st_size} bytes")
-    return _show(args, tokenization.measure(held_out, opened.layout.action))
+    return _show(args, tokenization.measure(held_out, opened.layout.action), held_out)
 
 
 def _inspect(args) -> int:
     from vla_jax.data import tokenization
 
-    return _show(args, tokenization.beside(*_open(args), sweep=args.sweep))
+    opened, held_out = _open(args)
+    return _show(args, tokenization.beside(opened, held_out, sweep=args.sweep), held_out)
 
 
-def _show(args, rows: list[dict]) -> int:
+def _show(args, rows: list[dict], held_out) -> int:
     from vla_jax.data import tokenization
 
-    print(tokenization.table(rows))
+    print("\n".join([tokenization.table(rows), *tokenization.texts(held_out)]))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     if args.plot:
@@ -67,9 +78,3 @@ def _show(args, rows: list[dict]) -> int:
 
         report.tokens_picture(rows, Path(args.plot))
     return 0
-
-
-def _new(name: str) -> Path:
-    if Path(name).exists():
-        raise UserError(f"{name} exists. Give a new file.")
-    return Path(name)

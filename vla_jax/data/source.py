@@ -32,9 +32,11 @@ def open_indexes(config: Config, *, progress=None) -> tuple[mixture.Mixture, tup
     return mix, tuple(build.ensure(card, d.root, d.index_dir, progress=show(card.name), **settings) for card in mix.cards)
 
 
-def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path | None = None, refit: bool = False, progress=None) -> Source:
+def open_source(
+    config: Config, *, tokens_per_image: int, tokenizer_path: Path | None = None, refit: bool = False, rows: bool = True, progress=None
+) -> Source:
     """Everything for training on `config.data.mixture`. The fitted action tokenizer is kept at `tokenizer_path`,
-    and taken from there unless `refit`.
+    and taken from there unless `refit`. rows: hold samples against the size of a row, which who only looks at tokens need not.
 
     Raises: UserError.
     """
@@ -46,6 +48,10 @@ def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path |
     fitted = files.load(path) if there and (config.tokens.action_path or not refit) else None
     if fitted is None and config.tokens.action_path:
         raise UserError(f"tokens.action_path {path} does not exist. Fit one with `vla-jax tokens fit`, or leave it empty.")
+    if fitted is not None and (kind := files.kind(fitted)) != config.tokens.action:
+        raise UserError(
+            f"{path} holds a tokenizer of kind {kind}, but tokens.action is {config.tokens.action}: set --config.tokens.action={kind}"
+        )
     build = lambda action: Source.make(
         config,
         indexes,
@@ -59,7 +65,10 @@ def open_source(config: Config, *, tokens_per_image: int, tokenizer_path: Path |
         if path and distributed.is_main():
             files.save(fitted, path)
     source = build(fitted)
-    source.check_fit()
+    for d, who in enumerate(source.robots):
+        source.layout.check_limit(who, source.indexes[d].state.shape[1] * config.data.history)
+    if rows:
+        source.check_fit()
     return source
 
 

@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from vla_jax.data import sample
 from vla_jax.data.source import Source, fit_chunks
-from vla_jax.tokens import actions, bins, published
+from vla_jax.tokens import actions, bins, files, published
 from vla_jax.tokens.actions import FastTokenizer
 from vla_jax.types import ActionTokenizer, UserError
 
@@ -15,50 +16,55 @@ VOCABS, SCALES, BINS = (512, 1024, 2048), (5.0, 10.0, 20.0), 256
 _CHUNKS = 2048  # looked at of each dataset, evenly spaced
 
 
-def name(action: ActionTokenizer) -> str:
-    if isinstance(action, FastTokenizer):
-        return f"fast {action.vocab_size} x{action.scale:g}"
+def name(action: ActionTokenizer, vocab: int = 0) -> str:
+    """vocab: the size that was asked for, if the data filled less."""
+    size = vocab or action.vocab_size
     if isinstance(action, published.PublishedFast):
-        return f"published {action.vocab_size} x{action.scale:g}"
-    widths = np.diff(action.edges)
-    return f"{'bins' if np.ptp(widths) < 1e-6 * widths.max() else 'quantile'} {action.vocab_size}"
+        return f"published {size} x{action.scale:g}"
+    return f"fast {size} x{action.scale:g}" if isinstance(action, FastTokenizer) else f"{files.kind(action)} {size}"
 
 
-def measure(source: Source, action: ActionTokenizer) -> list[dict]:
+def measure(source: Source, action: ActionTokenizer, *, label: str = "") -> list[dict]:
     """One row per dataset of `source` (give the held-out one for figures of held-out episodes).
 
     tokens, p50, p95, max: of a chunk; ratio: numbers of a chunk to tokens, and ratio_whole of those chunks that do not reach past an
-    episode's end (there the last action repeats, which is short to write); rmse: of normalised numbers; error: {dimension: mean absolute
-    error in its unit}; clamped_low, clamped_high: share of what is written (coefficients, for FAST) below and above what can be, and
-    clamped_chunks: share of chunks with any; valid: share that decodes as a chunk; used: ids in use. Steps past an episode's
-    end count as tokens, not as errors.
+    episode's end (there the last action repeats, which is short to write). error: {dimension: mean absolute error in its unit}, against
+    what was recorded; rmse of the same, normalised. clipped: share of numbers beyond the range that normalising keeps (a part of the
+    error that no tokenizer can mend). clamped_low, clamped_high: share of what is written (coefficients, for FAST) below and above
+    what can be, and clamped_chunks of chunks with any; valid: share that decodes as a chunk; used: ids in use. Steps past an
+    episode's end count as tokens, not as errors.
     """
     out = []
     for d, ix in enumerate(source.indexes):
-        chunks, mask = source.chunks(d, source.frames[d].spread(_CHUNKS))
+        frames, normal = source.frames[d].spread(_CHUNKS), source.normalizers[d]["action"]
+        raw, mask = sample.actions(ix, frames, source.steps(d))
+        chunks, exact = normal.normalize(raw), dataclasses.replace(normal, limit=np.inf).normalize(raw)
         n, steps, dims = chunks.shape
         ids = action.encode_batch(chunks)
         back, valid = action.decode_batch(ids, steps=steps, dims=dims)
-        lengths, undo = np.array([len(i) for i in ids]), source.normalizers[d]["action"].denormalize
+        lengths = np.array([len(i) for i in ids])
         low, high = action.clamps(chunks)
         whole = lengths[mask.all(axis=1)]
+        error = np.abs(normal.denormalize(back) - raw)[mask].mean(axis=0)
+        quantile = lambda q, lengths=lengths: int(np.quantile(lengths, q, method="higher"))
         out.append(
             {
                 "dataset": ix.card.name,
-                "tokenizer": name(action),
+                "tokenizer": label or name(action),
                 "vocab": action.vocab_size,
                 "chunk": [steps, dims],
                 "chunks": n,
                 "numbers": steps * dims,
                 "tokens": float(lengths.mean()),
-                "p50": int(np.quantile(lengths, 0.5)),
-                "p95": int(np.quantile(lengths, 0.95)),
+                "p50": quantile(0.5),
+                "p95": quantile(0.95),
                 "max": int(lengths.max()),
                 "ratio": float(steps * dims / lengths.mean()),
                 "ratio_whole": float(steps * dims / whole.mean()) if len(whole) else None,
-                "rmse": float(np.sqrt(np.mean((back - chunks)[mask] ** 2))),
-                "error": dict(zip([x.name for x in ix.card.action.dims], np.abs(undo(back) - undo(chunks))[mask].mean(axis=0).tolist())),
+                "rmse": float(np.sqrt(np.mean((back - exact)[mask] ** 2))),
+                "error": dict(zip([x.name for x in ix.card.action.dims], error.tolist())),
                 "units": [x.unit for x in ix.card.action.dims],
+                "clipped": float((exact != chunks)[mask].mean()),
                 "clamped_low": low / chunks.size,
                 "clamped_high": high / chunks.size,
                 "clamped_chunks": float(np.mean([any(action.clamps(c[None])) for c in chunks])) if low + high else 0.0,
@@ -70,26 +76,42 @@ def measure(source: Source, action: ActionTokenizer) -> list[dict]:
 
 
 def beside(source: Source, held_out: Source, *, sweep: bool) -> list[dict]:
-    """Rows of `measure` on held-out chunks for the run's own tokenizer, uniform and quantile bins; with `sweep`, FAST of every
+    """Rows of `measure` on held-out chunks for the run's own tokenizer (`*`), uniform and quantile bins; with `sweep`, FAST of every
     vocabulary in VOCABS and scale in SCALES, too, fitted on the mixture's training chunks."""
     chunks, own = fit_chunks(source), source.layout.action
-    rows = measure(held_out, own)
+    rows = measure(held_out, own, label=f"{name(own)} *")
     for scale in SCALES if sweep else ():
-        for made in fits(chunks, scale):
-            rows += measure(held_out, made) if made != own else []
+        for vocab, made in fits(chunks, scale).items():
+            rows += measure(held_out, made, label=name(made, vocab))
     for made in (bins.uniform(BINS), bins.quantile(chunks, BINS)):
-        rows += measure(held_out, made) if made != own else []
+        rows += measure(held_out, made, label=name(made, BINS)) if made != own else []
     return rows
 
 
-def fits(chunks: list[np.ndarray], scale: float) -> list[FastTokenizer]:
-    """One of each vocabulary in VOCABS that holds the coefficients in use: the merges of a smaller one are the first of a larger."""
+def fits(chunks: list[np.ndarray], scale: float) -> dict[int, FastTokenizer]:
+    """One for each vocabulary in VOCABS that holds the coefficients in use: the merges of a smaller one are the first of a larger. A
+    vocabulary that the data cannot fill is as large as no pair occurs twice."""
     try:
         whole = actions.fit(chunks, vocab_size=max(VOCABS), scale=scale)
     except UserError:
-        return []
-    made = [dataclasses.replace(whole, merges=whole.merges[: v - whole.alphabet]) for v in VOCABS if v >= whole.alphabet]
-    return list({t.vocab_size: t for t in made}.values())
+        return {}
+    return {v: dataclasses.replace(whole, merges=whole.merges[: v - whole.alphabet]) for v in VOCABS if v >= whole.alphabet}
+
+
+def texts(source: Source) -> list[str]:
+    """A line per dataset: how long the text of its samples is, and what tokens.limit cuts of it."""
+    out = []
+    for d, ix in enumerate(source.indexes):
+        frames = source.frames[d].spread(_CHUNKS // 4)
+        made = [i.sequence for i in source.items(d, frames, np.zeros(len(frames), np.int64))]
+        length = np.array([(s.tokens >= 0).sum() + s.cut for s in made])
+        middle, most = np.quantile(length, [0.5, 0.95], method="higher")
+        cut = np.array([s.cut for s in made])
+        said = f"; tokens.limit {source.layout.limit} cuts {np.mean(cut > 0):.1%} of them, by {cut.max()} at most" if cut.any() else ""
+        out.append(
+            f"{ix.card.name}: text of a sample (prompt and actions) has {middle:g} tokens (p50), {most:g} (p95), {length.max()} (max){said}"
+        )
+    return out
 
 
 _COLUMNS = {
@@ -101,6 +123,7 @@ _COLUMNS = {
     "ratio": lambda r: f"{r['ratio']:.2f}",
     "whole": lambda r: f"{r['ratio_whole']:.2f}" if r["ratio_whole"] else "",
     "rmse": lambda r: f"{r['rmse']:.4f}",
+    "clipped": lambda r: f"{r['clipped']:.2%}",
     "clamped": lambda r: f"{r['clamped_low'] + r['clamped_high']:.2%}",
     "in chunks": lambda r: f"{r['clamped_chunks']:.1%}",
     "valid": lambda r: f"{r['valid']:.1%}",

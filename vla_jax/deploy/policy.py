@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,18 +67,24 @@ class Policy:
         observation, in robot units, repeated) or raise. Binary dimensions come back as exactly 0 or 1.
         Raises: ValueError naming what was expected; tokens.actions.MalformedTokens.
         """
-        if malformed == "hold" and any("last_action" not in o for o in observations):
-            raise ValueError("malformed='hold' needs last_action in every observation")
-        requests = [self._request(o) for o in observations]
+        requests = [self._request(o, needs_last=malformed == "hold") for o in observations]
+        for r, o in zip(requests, observations):
+            if cut := self.layout.cut(images=len(r.images), prompt=r.prompt):
+                warnings.warn(
+                    f"{cut} tokens of the instruction {o['prompt']!r} do not fit tokens.limit {self.layout.limit} and are not seen",
+                    stacklevel=2,
+                )
         binary = np.array([d.kind == "binary" for d in self.card.action.dims])
         out = []
-        for chunk, valid in self.actor(requests, malformed):
+        for (chunk, valid), o in zip(self.actor(requests, malformed), observations):
             chunk = self.action.denormalize(chunk)
+            if malformed == "hold" and not valid:  # itself, not what normalising leaves of it
+                chunk = np.broadcast_to(np.asarray(o["last_action"], np.float32), chunk.shape)
             out.append((np.where(binary, chunk > 0.5, chunk).astype(np.float32), valid))
         return out
 
-    def _request(self, observation: dict) -> Request:
-        missing = [k for k in ("images", "state", "prompt") if k not in observation]
+    def _request(self, observation: dict, *, needs_last: bool = False) -> Request:
+        missing = [k for k in ("images", "state", "prompt", *(["last_action"] if needs_last else [])) if k not in observation]
         missing += [f"images[{v!r}]" for v in self.views if v not in observation.get("images", {})]
         if missing:
             raise ValueError(f"observation lacks {', '.join(missing)}; expected: {self.spec()}")
@@ -95,9 +102,16 @@ class Policy:
                 raise ValueError(f"image {view!r} must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
             pixels.append(images.resize(image, self.image_size, self.resize))
         state, dims = self.state.normalize(state).reshape(-1), self.card.action.dims
-        prompt = self.layout.prompt(Embodiment(self.card.name, self.card.control_hz, self.steps, dims), str(observation["prompt"]), state)
+        if not isinstance(observation["prompt"], str):
+            raise ValueError(f"prompt must be text, got {observation['prompt']!r}")
+        said = observation["prompt"].encode("utf-8", "replace").decode()  # half a character would end in SentencePiece
+        prompt = self.layout.prompt(Embodiment(self.card.name, self.card.control_hz, self.steps, dims), said, state)
         last = observation.get("last_action")
-        last = None if last is None else self.action.normalize(np.asarray(last, np.float32))
+        if last is not None:
+            last = np.asarray(last, np.float32)
+            if last.shape != (len(dims),) or not np.isfinite(last).all():
+                raise ValueError(f"last_action must be {len(dims)} finite numbers ({', '.join(d.name for d in dims)}), got {last.tolist()}")
+            last = self.action.normalize(last)
         return Request(pixels, state, prompt, self.steps, len(dims), last)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vla_jax.models import decode
-from vla_jax.models.decode import Language
+from vla_jax.models.decode import GREEDY, Language, Sampling
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens.sequence import Layout, Prompt
 from vla_jax.types import PAD, Batch
@@ -33,10 +33,13 @@ class Request:
 class Actor:
     """Answers batches of requests with normalised action chunks. Compiled once per padded shape."""
 
-    def __init__(self, cfg: VLAConfig, layout: Layout, params: dict):
+    def __init__(self, cfg: VLAConfig, layout: Layout, params: dict, *, sampling: Sampling = GREEDY, seed: int = 0):
         self.cfg, self.layout, self.params = cfg, layout, params
+        self._key, self._calls = jax.random.key(seed), 0
         self.language = Language.of(layout)
-        self._generate = jax.jit(functools.partial(decode.generate, cfg, language=self.language), static_argnames=("steps",))
+        self._generate = jax.jit(
+            functools.partial(decode.generate, cfg, language=self.language, sampling=sampling), static_argnames=("steps",)
+        )
 
     def __call__(self, requests: list[Request], malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
         """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk). What comes back where
@@ -44,7 +47,9 @@ class Actor:
         rows = 1 << (len(requests) - 1).bit_length()  # few batch sizes are compiled
         budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
         steps = self.language.longest(int(budget.max()))
-        ids, ended = self._generate(self.params, self._batch(requests, rows), budget=budget, steps=steps)
+        self._calls += 1
+        key = jax.random.fold_in(self._key, self._calls)
+        ids, ended = self._generate(self.params, self._batch(requests, rows), budget=budget, steps=steps, key=key)
         out = []
         for i, r in enumerate(requests):
             tokens = self.layout.action_tokens(np.asarray(ids[i]))

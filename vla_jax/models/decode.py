@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.models import vla
+from vla_jax.models.layers import cap
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens.sequence import Layout
 from vla_jax.types import Batch
@@ -36,13 +37,35 @@ class Language:
         return len(self.opening) + numbers * len(self.after) + len(self.closing)
 
 
-def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language: Language, budget):
-    """Greedy decoding within the action language. One sample per row, its prefix at the row's start, then padding.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """temperature 0: always the likeliest token. top_k: only among so many of the likeliest that are allowed (0: all)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+
+
+GREEDY = Sampling()
+
+
+def _pick(scores, sampling: Sampling, key):
+    """i32[b] of scores f32[b v], which are -inf where a token is not allowed."""
+    if not sampling.temperature:
+        return jnp.argmax(scores, axis=-1)
+    if sampling.top_k:
+        least = jax.lax.top_k(scores, min(sampling.top_k, scores.shape[-1]))[0][:, -1:]
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
+    return jax.random.categorical(key, scores / sampling.temperature, axis=-1)
+
+
+def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language: Language, budget, sampling: Sampling = GREEDY, key=None):
+    """Decoding within the action language. One sample per row, its prefix at the row's start, then padding. Only the rows of the
+    embedding that belong to action tokens are scored, never the whole vocabulary.
 
     First come the ids of `opening`, then action ids that the grammar allows with what is left of the row's `budget`, then, once it is
     used up exactly, those of `closing`, whose last one fills the row from there on. So every sequence that ends is well formed.
 
-    budget: i32[b], numbers of each row's chunk. Returns ids i32[b steps] and finished bool[b].
+    budget: i32[b], numbers of each row's chunk; key: of the draws, where sampling's temperature is above 0. Returns ids i32[b steps] and finished bool[b].
     """
     b, n = batch.tokens.shape
     after, count, ids = jnp.asarray(language.after), jnp.asarray(language.count), jnp.asarray(language.ids)
@@ -56,7 +79,8 @@ def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language
     def choose(t, h, state, left, closed):
         """The token at place t, and where that leads: (token, state, left, closed), each i32[b]."""
         allowed = need[state] <= left[:, None]
-        action = jnp.argmax(jnp.where(allowed, h.astype(jnp.float32) @ rows.T, -jnp.inf), axis=-1)
+        scores = cap(h.astype(jnp.float32) @ rows.T, cfg.language.logit_cap)
+        action = _pick(jnp.where(allowed, scores, -jnp.inf), sampling, None if key is None else jax.random.fold_in(key, t))
         full = (left == 0) & (state == 0)
         token = jnp.where(full, closing[jnp.minimum(closed, len(closing) - 1)], ids[action])
         acts = ~full & (t >= begin)

@@ -19,6 +19,7 @@ from vla_jax.types import UserError
 FORMAT = "vla_jax.fast.1"
 MALFORMED = ("repair", "hold", "raise")
 _HUGE = 1e30
+_SCALES, _FARTHEST, LARGEST_VOCAB, _LONGEST = (1e-6, 1e6), 1 << 30, 1 << 16, 1 << 16
 _BLOCK = 1 << 19  # numbers worked on at once: more would leave a core's cache
 
 
@@ -36,12 +37,14 @@ def dct_matrix(k: int) -> np.ndarray:
 
 
 def checked(chunks: np.ndarray) -> np.ndarray:
-    """Chunks of any real dtype [n k a] as floats. Raises: ValueError for another rank, no number at all, NaN or infinity."""
+    """Chunks of any real dtype [n k a] as floats, one behind another in memory. Raises: ValueError for another rank, chunks without
+    numbers, NaN or infinity."""
     chunks = np.asarray(chunks)
-    if chunks.ndim != 3 or not chunks.size or chunks.dtype.kind not in "fiub":
+    if chunks.ndim != 3 or 0 in chunks.shape[1:] or chunks.dtype.kind not in "fiub" and chunks.dtype.name != "bfloat16":
         raise ValueError(f"action chunks must be numbers [chunks steps dims], got {chunks.dtype} of shape {chunks.shape}")
-    chunks = chunks if chunks.dtype in (np.float32, np.float64) else chunks.astype(np.float64)
-    if not max(chunks.max(), -chunks.min()) <= _HUGE:  # NaN, too, is not
+    # in another order of memory a matrix product may round otherwise
+    chunks = np.ascontiguousarray(chunks if chunks.dtype in (np.float32, np.float64) else chunks.astype(np.float64))
+    if chunks.size and not max(chunks.max(), -chunks.min()) <= _HUGE:  # NaN, too, is not
         if not np.isfinite(chunks).all():
             raise ValueError(f"action chunks must be finite; {np.count_nonzero(~np.isfinite(chunks))} of {chunks.size} numbers are not")
         chunks = np.clip(chunks, -_HUGE, _HUGE)  # so that sums stay finite
@@ -55,29 +58,47 @@ def coefficients(chunks: np.ndarray, scale: float) -> np.ndarray:
     """
     chunks = checked(chunks)
     n, k, a = chunks.shape
-    out = (dct_matrix(k) * scale) @ chunks
+    out = _forward(k, scale) @ chunks
     return np.rint(out, out=out).reshape(n, k * a)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward(steps: int, scale: float) -> np.ndarray:
+    return dct_matrix(steps) * scale
+
+
+@functools.lru_cache(maxsize=64)
+def _inverse(steps: int, scale: float) -> np.ndarray:
+    return dct_matrix(steps).T / scale
 
 
 def restore(whole: np.ndarray, scale: float, steps: int, dims: int) -> np.ndarray:
     """Coefficients [n, steps*dims] -> chunks f32[n steps dims], the inverse of `coefficients` up to rounding."""
-    return ((dct_matrix(steps).T / scale) @ whole.reshape(-1, steps, dims).astype(np.float64, copy=False)).astype(np.float32)
+    return (_inverse(steps, scale) @ whole.reshape(-1, steps, dims).astype(np.float64, copy=False)).astype(np.float32)
+
+
+def check_policy(malformed: str, last, shape: tuple[int, int, int]) -> None:
+    """Refuses what would go wrong at the first malformed sequence only. shape: of the chunks [n k a].
+
+    Raises: ValueError for an unknown policy, no numbers in a chunk, or `last` that is not finite [n a] where it is given or needed.
+    """
+    n, steps, dims = shape
+    if malformed not in MALFORMED:
+        raise ValueError(f"malformed is {malformed!r}; allowed: {', '.join(MALFORMED)}")
+    if steps < 1 or dims < 1:
+        raise ValueError(f"a chunk of {steps} steps x {dims} dims holds no number")
+    if malformed == "hold" and (last is None or np.shape(last) != (n, dims) or not np.isfinite(np.asarray(last, np.float64)).all()):
+        raise ValueError(f"malformed='hold' needs last=: of each chunk the {dims} finite numbers of the last action, normalised")
 
 
 def settle(chunk: np.ndarray, why: str, malformed: str, last) -> np.ndarray:
     """What a caller gets for ids that are malformed because of `why`: the repaired `chunk` [k a], or by policy `last` f32[a] repeated.
 
-    Raises: MalformedTokens under policy `raise`; ValueError for an unknown policy, or `hold` without `last`.
+    Raises: MalformedTokens under policy `raise`.
     """
-    if malformed not in MALFORMED:
-        raise ValueError(f"malformed is {malformed!r}; allowed: {', '.join(MALFORMED)}")
     if malformed == "raise":
         raise MalformedTokens(why)
-    if malformed == "repair":
-        return chunk
-    if last is None or np.shape(last) != chunk.shape[1:]:
-        raise ValueError(f"malformed='hold' needs last=: the {chunk.shape[1]} numbers of the last action, normalised")
-    return np.broadcast_to(np.asarray(last, np.float32), chunk.shape).copy()
+    return chunk if malformed == "repair" else np.broadcast_to(np.asarray(last, np.float32), chunk.shape)
 
 
 def joined(ids) -> tuple[np.ndarray, np.ndarray]:
@@ -134,55 +155,79 @@ class FastTokenizer:
 
     def encode(self, chunk: np.ndarray) -> np.ndarray:
         """Normalised actions [k a] of any real dtype -> i32[t]. Raises: ValueError, see `checked`."""
-        return self.encode_batch(np.asarray(chunk)[None])[0]
+        return self._encode(np.asarray(chunk)[None])[0]
 
     def encode_batch(self, chunks: np.ndarray) -> list[np.ndarray]:
         """[n k a] -> n times i32[t]; the same ids as `encode` chunk by chunk."""
-        out: list[np.ndarray] = []
         chunks = np.asarray(chunks)
-        for part in _blocks(chunks):
-            whole = coefficients(part, self.scale)
-            np.clip(whole, self.min_coef, self.max_coef, out=whole)
-            whole -= self.min_coef
-            n, numbers = whole.shape
-            out += split(*self._bpe.encode(whole.astype(np.int32).reshape(-1), np.arange(n + 1) * numbers))
-        return out
+        return [ids for part in _blocks(chunks) for ids in split(*self._encode(part))] if len(chunks) else split(*self._encode(chunks))
+
+    def _encode(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole = coefficients(chunks, self.scale)
+        np.clip(whole, self.min_coef, self.max_coef, out=whole)
+        whole -= self.min_coef
+        n, numbers = whole.shape
+        return self._bpe.encode(whole.astype(np.int32).reshape(-1), np.arange(n + 1) * numbers)
 
     def decode(self, ids: np.ndarray, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, bool]:
         """i32[t] -> (f32[steps dims], whether the ids were a chunk of this shape).
 
         If they were not, what comes back is as `malformed` says. repair: unknown ids are passed over, and what is left is cut or filled
         up with zero coefficients, those of the highest frequencies, to the nearest valid length; hold: `last` f32[dims] repeated;
-        raise: MalformedTokens.
+        raise: MalformedTokens. Raises: ValueError, see `check_policy`.
         """
+        ids = np.asarray(ids)
+        if (
+            malformed == "repair"
+            and ids.ndim == 1
+            and ids.size
+            and ids.dtype.kind in "iu"
+            and 0 <= ids.min() <= ids.max() < self.vocab_size
+        ):
+            whole = np.concatenate([self._spelt[i] for i in ids.tolist()])  # the same numbers as below with less around them
+            if len(whole) == steps * dims:
+                return restore(whole[None], self.scale, steps, dims)[0], True
         chunks, valid = self.decode_batch([ids], steps=steps, dims=dims, malformed=malformed, last=None if last is None else [last])
         return chunks[0], bool(valid[0])
 
     def decode_batch(self, ids, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, np.ndarray]:
         """n times i32[t] -> (f32[n steps dims], valid bool[n]); the same as `decode` one by one. last: f32[n dims]."""
+        check_policy(malformed, last, (len(ids), steps, dims))
         flat, start = joined(ids)
         n, want, size = len(start) - 1, steps * dims, self.vocab_size
         known = (flat >= 0) & (flat < size)
-        numbers = np.bincount(np.repeat(np.arange(n), np.diff(start))[known], weights=self.lengths[flat[known]], minlength=n)
-        valid = numbers == want
-        if not known.all():
-            valid &= np.bincount(np.repeat(np.arange(n), np.diff(start))[~known], minlength=n) == 0
-        whole = np.zeros((n, want), np.float64)
-        whole[valid] = spell_out(flat[np.repeat(valid, np.diff(start))], self._bpe.expanded).reshape(-1, want) + self.min_coef
-        bad = np.flatnonzero(~valid).tolist()
-        for i in bad:
-            own = flat[start[i] : start[i + 1]][known[start[i] : start[i + 1]]]
-            there = spell_out(own, self._bpe.expanded)[:want]
-            whole[i, : len(there)] = there + self.min_coef
+        if known.all():
+            ends = np.concatenate([[0], np.cumsum(self.lengths[flat])])[start]
+            numbers = np.diff(ends)
+            valid = numbers == want
+        else:
+            row = np.repeat(np.arange(n), np.diff(start))
+            numbers = np.bincount(row[known], weights=self.lengths[flat[known]], minlength=n)
+            valid = (numbers == want) & (np.bincount(row[~known], minlength=n) == 0)
+        if valid.all():
+            whole = spell_out(flat, self._bpe.expanded).reshape(n, want).astype(np.float64)
+        else:
+            whole = np.full((n, want), -float(self.min_coef))
+            for i, own in enumerate(split(flat, start)):
+                there = spell_out(own[(own >= 0) & (own < size)], self._bpe.expanded)[:want]
+                whole[i, : len(there)] = there
+        whole += self.min_coef
         chunks = (
-            np.concatenate([restore(w, self.scale, steps, dims) for w in _blocks(whole)]) if n else np.zeros((0, steps, dims), np.float32)
+            np.concatenate([restore(w, self.scale, steps, dims) for w in _blocks(whole)])
+            if n > 1
+            else restore(whole, self.scale, steps, dims)
         )
-        for i in bad:
+        for i in np.flatnonzero(~valid).tolist():
             why = f"{int(start[i + 1] - start[i])} tokens are {int(numbers[i])} coefficients, {steps} x {dims} = {want} were expected"
             if not known[start[i] : start[i + 1]].all():
                 why += f"; ids outside 0..{size - 1} are among them"
             chunks[i] = settle(chunks[i], why, malformed, None if last is None else last[i])
         return chunks, valid
+
+    @functools.cached_property
+    def _spelt(self) -> list[np.ndarray]:
+        """The coefficients f64 of each id."""
+        return split(self._bpe.expanded[0].astype(np.float64) + self.min_coef, self._bpe.expanded[1])
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -200,14 +245,27 @@ class FastTokenizer:
 
 
 def from_json(body: dict, where: str) -> FastTokenizer:
-    """Raises: UserError when a merge names an id that does not exist yet, or the range or scale is none."""
-    merges = tuple((int(a), int(b)) for a, b in body["merges"])
-    made = FastTokenizer(float(body["scale"]), int(body["min_coef"]), int(body["max_coef"]), merges)
-    if not (0 < made.scale < np.inf and made.alphabet > 0):
-        raise UserError(f"{where}: scale {made.scale:g} and coefficients {made.min_coef}..{made.max_coef} are no tokenizer's")
+    """Raises: UserError for numbers that are no tokenizer's; whatever odd content raises (files.from_json makes it a UserError)."""
+    scale, low, high = body["scale"], whole_number(body["min_coef"]), whole_number(body["max_coef"])
+    merges = tuple((whole_number(a), whole_number(b)) for a, b in body["merges"])
+    made = FastTokenizer(float(scale), low, high, merges)
+    if not (_SCALES[0] <= made.scale <= _SCALES[1] and -_FARTHEST <= low <= high <= _FARTHEST and made.vocab_size <= LARGEST_VOCAB):
+        raise UserError(f"{where}: scale {made.scale:g}, coefficients {low}..{high} and {made.vocab_size} ids are no tokenizer's")
     if any(not (0 <= a < made.alphabet + i and 0 <= b < made.alphabet + i) for i, (a, b) in enumerate(merges)):
         raise UserError(f"{where}: a merge refers to an id that does not exist yet")
+    lengths = [1] * made.alphabet
+    for a, b in merges:
+        lengths.append(lengths[a] + lengths[b])
+        if lengths[-1] > _LONGEST:
+            raise UserError(f"{where}: id {len(lengths) - 1} stands for more than {_LONGEST} coefficients: no chunk has so many")
     return made
+
+
+def whole_number(value) -> int:
+    """Raises: TypeError for what only looks like one."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
 
 
 def _blocks(chunks: np.ndarray):
@@ -230,6 +288,10 @@ def fit(chunks, *, vocab_size: int, scale: float, margin: int = 2) -> FastTokeni
     whole = [coefficients(np.stack(group), scale) for group in by_shape.values()]
     low, high = int(min(w.min() for w in whole)) - margin, int(max(w.max() for w in whole)) + margin
     alphabet = high - low + 1
+    if max(-low, high) > _FARTHEST or not _SCALES[0] <= scale <= _SCALES[1]:
+        raise UserError(
+            f"coefficients {low}..{high} at scale {scale:g}: the chunks are not normalised to about [-1, 1], or the scale is none"
+        )
     if alphabet > vocab_size:
         raise UserError(
             f"action_vocab {vocab_size} is below the {alphabet} coefficients in use at scale {scale:g}. Raise tokens.action_vocab or lower tokens.action_scale."

@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from vla_jax.tokens.actions import checked, joined, settle, split
+from vla_jax.tokens.actions import LARGEST_VOCAB, check_policy, checked, joined, settle, split
 from vla_jax.tokens.grammar import Grammar
 from vla_jax.types import UserError
 
@@ -47,8 +47,7 @@ class BinTokenizer:
     def encode_batch(self, chunks: np.ndarray) -> list[np.ndarray]:
         """[n k a] -> n times i32[k*a]."""
         chunks = checked(chunks)
-        ids = np.searchsorted(self._inner, chunks.reshape(len(chunks), -1), side="right").astype(np.int32)
-        return list(ids)
+        return list(np.searchsorted(self._inner, chunks, side="right").astype(np.int32).reshape(len(chunks), np.prod(chunks.shape[1:])))
 
     def decode(self, ids: np.ndarray, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, bool]:
         """i32[t] -> (f32[steps dims], whether the ids were a chunk of this shape).
@@ -61,6 +60,7 @@ class BinTokenizer:
 
     def decode_batch(self, ids, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, np.ndarray]:
         """n times i32[t] -> (f32[n steps dims], valid bool[n]). last: f32[n dims]."""
+        check_policy(malformed, last, (len(ids), steps, dims))
         flat, start = joined(ids)
         want, centers = steps * dims, np.array(self.centers, np.float32)
         out, valid = np.empty((len(start) - 1, steps, dims), np.float32), np.zeros(len(start) - 1, bool)
@@ -90,9 +90,9 @@ class BinTokenizer:
 
 
 def from_json(body: dict, where: str) -> BinTokenizer:
-    """Raises: UserError when the edges do not ascend or a centre lies outside its bin."""
+    """Raises: UserError when the edges are not finite or do not ascend, or a centre lies outside its bin."""
     edges, centers = np.array(body["edges"], np.float64), np.array(body["centers"], np.float64)
-    good = len(edges) == len(centers) + 1 > 1 and (np.diff(edges) > 0).all()
+    good = 1 < len(edges) == len(centers) + 1 <= LARGEST_VOCAB + 1 and np.isfinite(edges).all() and (np.diff(edges) > 0).all()
     if not good or not ((edges[:-1] <= centers) & (centers <= edges[1:])).all():
         raise UserError(
             f"{where}: {len(edges)} edges and {len(centers)} centres are no bins: edges must ascend, each centre lie between two"
@@ -107,25 +107,37 @@ def uniform(bins: int = 256, low: float = -1.0, high: float = 1.0) -> BinTokeniz
 
 
 def quantile(chunks, bins: int = 256) -> BinTokenizer:
-    """Bins that hold equally many of the numbers of all chunks, so that they are fine where robots mostly are; a bin decodes to the
-    mean of its numbers. Values that occur often (a gripper's) make several bins one: there may be fewer than `bins`.
+    """Bins that hold about equally many of the numbers of all chunks, so that they are fine where robots mostly are; a bin decodes to
+    the mean of its numbers. A value that fills four bins by itself (a gripper's) has one of its own, and all values have if they
+    are no more than `bins`: there may be fewer.
 
     chunks: normalised [k a] each, of any shapes. Raises: UserError when there is no number.
     """
-    values = np.sort(np.concatenate([np.zeros(0), *(checked(np.asarray(c)[None]).reshape(-1) for c in chunks)]))
-    if not len(values):
+    numbers = np.concatenate([np.zeros(0), *(checked(np.asarray(c)[None]).reshape(-1) for c in chunks)])
+    if not len(numbers):
         raise UserError("no action chunks to fit bins on")
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)))
-    if len(edges) < 2:
-        edges = np.array([edges[0] - 0.5, edges[0] + 0.5])
-    which = np.searchsorted(edges[1:-1], values, side="right")
-    count, total = (np.bincount(which, weights=w, minlength=len(edges) - 1) for w in (None, values))
-    centers = np.where(count > 0, total / np.maximum(count, 1), (edges[1:] + edges[:-1]) / 2)
+    values, count = np.unique(numbers, return_counts=True)
+    if len(values) <= bins:
+        which = np.arange(len(values))
+    else:
+        often = count >= 4 * len(numbers) / bins  # at most a quarter of the bins
+        middle = (np.cumsum(count) - count / 2) / len(numbers)
+        which = np.floor(middle * max(1, bins - 2 * np.count_nonzero(often)))
+        new = (np.diff(which) > 0) | often[1:] | often[:-1]
+        which = np.concatenate([[0], np.cumsum(new)])
+    first = np.flatnonzero(np.diff(which)) + 1
+    inner = values[first - 1] + (values[first] - values[first - 1]) / 2
+    margin = max(1e-6, 1e-6 * np.abs(values).max())
+    edges = np.concatenate([[values[0] - margin], inner, [values[-1] + margin]])
+    centers = np.bincount(which, weights=values * count) / np.bincount(which, weights=count)
     return BinTokenizer(tuple(edges.tolist()), tuple(np.clip(centers, edges[:-1], edges[1:]).tolist()))
 
 
 def state_bins(state: np.ndarray) -> np.ndarray:
-    """Normalised state f32[s] -> i64[s], the bins 0..255 of [-1, 1]; -1 below -1 and 255 from 1 on, as openpi has it."""
+    """Normalised state f32[s] -> i64[s], the bins 0..255 of [-1, 1]; -1 below -1 and 255 from 1 on, as openpi has it.
+    Raises: ValueError for NaN, which has no bin."""
+    if np.isnan(state).any():
+        raise ValueError(f"the state holds NaN: {np.asarray(state).tolist()}")
     return np.digitize(np.asarray(state), _STATE_EDGES) - 1
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import warnings
 
 import numpy as np
 
@@ -15,7 +17,7 @@ _NEVER = np.int32(2**31 - 1)
 class Bpe:
     """Merges in the order they were learned: wherever `left[i] right[i]` stand side by side, `result[i]` may take their place.
 
-    size: number of ids; i32[merges] each. Of all merges that apply anywhere, the earliest learned is done first, and of its
+    size: number of ids; i32[merges] each. Vocabularies above 4,096 ids are merged by plain Python, many times more slowly. Of all merges that apply anywhere, the earliest learned is done first, and of its
     places the leftmost (Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016).
     """
 
@@ -27,12 +29,15 @@ class Bpe:
     def encode(self, rows: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ragged rows in one array, ids i32[l] and where each row begins i64[n + 1] -> the same, merged.
 
-        An id of `size` is a wall: nothing merges across it, and it is left out of the result.
+        An id of `size` is a wall: nothing merges across it, and it is left out of the result. Raises: ValueError for other ids.
         """
         rows, start = np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(start, np.int64)
-        if self.size <= _TABLE_SIZE and len(self.left) and (merge := _compiled()) is not None:
+        if len(rows) and not 0 <= rows.min() <= rows.max() <= self.size:  # compiled code would read beyond its table
+            raise ValueError(f"ids {rows.min()}..{rows.max()} are not all in 0..{self.size}")
+        small = self.size <= _TABLE_SIZE and 0 < len(self.left) < 1 << 15
+        if small and (merge := _compiled()) is not None:
             return merge(rows, start, self.size, self.left, self.right, self.result, self._ranks)
-        if self._ordered and self.size <= _TABLE_SIZE and len(start) > 4:
+        if small and self._ordered and len(start) > 4:
             return _merge_rows(rows, start, self._table)
         parts = [_merge(part.tolist(), self._rank, self.result, self.size) for part in np.split(rows, start[1:-1])]
         return np.array([i for part in parts for i in part], np.int32), _starts([len(part) for part in parts])
@@ -49,7 +54,7 @@ class Bpe:
     @functools.cached_property
     def _rank(self) -> dict[tuple[int, int], int]:
         pairs = list(zip(self.left.tolist(), self.right.tolist()))
-        return {pair: i for i, pair in reversed(list(enumerate(pairs)))}
+        return {pair: i for i, pair in enumerate(pairs)}  # of a pair that stands there twice the last counts, as in HF's `tokenizers`
 
     @functools.cached_property
     def _ordered(self) -> bool:
@@ -77,12 +82,21 @@ class Bpe:
 
 @functools.cache
 def _compiled():
-    """The compiled merge, or None where numba is not installed."""
-    try:
-        from vla_jax.tokens import bpe_numba
-    except ImportError:
+    """The compiled merge, or None where numba is not installed or does not work."""
+    if importlib.util.find_spec("numba") is None:
         return None
-    return bpe_numba.merge_rows
+    one = np.zeros(2, np.int32), np.array([0, 2]), 2, *(np.array([i], np.int32) for i in (0, 0, 1)), np.full((3, 3), 65535, np.uint16)
+    for cache in (True, False):  # what is compiled is kept in a folder, if there is one
+        try:
+            from vla_jax.tokens import bpe_numba
+
+            merge = bpe_numba.compiled(cache=cache)
+            merge(*one)
+            return merge
+        except (Exception, SystemExit) as e:
+            why = e
+    warnings.warn(f"numba does not work here ({type(why).__name__}: {why}): action tokens are encoded by numpy, more slowly", stacklevel=2)
+    return None
 
 
 def _starts(lengths) -> np.ndarray:

@@ -9,14 +9,11 @@ _BLOCK = 16
 _NONE = np.uint16(65535)
 
 
-def _compile(function):
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no folder that the compiled code could be kept in
-        return numba.njit(nogil=True)(function)
+def compiled(*, cache: bool):
+    """`merge_rows`, compiled at its first call. cache: keep what was compiled for later processes."""
+    return numba.njit(cache=cache, nogil=True)(merge_rows)
 
 
-@_compile
 def merge_rows(rows, start, wall, left, right, result, ranks):
     """See Bpe.encode; ranks u16[wall + 1, wall + 1], 65535 for pairs that do not merge.
 

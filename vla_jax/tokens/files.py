@@ -6,7 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from vla_jax.tokens import actions, bins, published
+from vla_jax.tokens.published import ODD
 from vla_jax.types import ActionTokenizer, UserError
 
 _READERS = {actions.FORMAT: actions.from_json, bins.FORMAT: bins.from_json, published.FORMAT: published.from_json}
@@ -19,16 +22,24 @@ def to_json(tokenizer: ActionTokenizer) -> dict:
 
 def from_json(values: dict, *, where: str = "action tokenizer") -> ActionTokenizer:
     """Raises: UserError when format, digest or content are not right."""
-    if not isinstance(values, dict) or values.get("format") not in _READERS:
-        found = values.get("format") if isinstance(values, dict) else values
-        raise UserError(f"{where} has format {str(found)[:80]!r}, expected one of: {', '.join(_READERS)}")
-    body = {k: v for k, v in values.items() if k != "digest"}
-    if values.get("digest") != _digest(body):
-        raise UserError(f"{where} is damaged: its digest does not match its content. Fit it again with `vla-jax tokens fit`.")
+    name = values.get("format") if isinstance(values, dict) else values
+    if not isinstance(name, str) or name not in _READERS:
+        raise UserError(f"{where} has format {str(name)[:80]!r}, expected one of: {', '.join(_READERS)}")
     try:
-        return _READERS[body["format"]](body, where)
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{where} is no tokenizer: {type(e).__name__}: {e}") from e
+        body = {k: v for k, v in values.items() if k != "digest"}
+        if values.get("digest") != _digest(body):
+            raise UserError(f"{where} is damaged: its digest does not match its content. Fit it again with `vla-jax tokens fit`.")
+        return _READERS[name](body, where)
+    except ODD as e:
+        raise UserError(f"{where} is no tokenizer: {type(e).__name__}: {str(e)[:200]}") from e
+
+
+def kind(tokenizer: ActionTokenizer) -> str:
+    """What `tokens.action` calls it: fast, bins or quantile."""
+    if not isinstance(tokenizer, bins.BinTokenizer):
+        return "fast"
+    widths = np.diff(tokenizer.edges)
+    return "bins" if np.ptp(widths) < 1e-6 * widths.max() else "quantile"
 
 
 def load(path: str | Path) -> ActionTokenizer:

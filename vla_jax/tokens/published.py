@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_jax.tokens.actions import coefficients, joined, restore, settle, split
+from vla_jax.tokens.actions import LARGEST_VOCAB, check_policy, coefficients, joined, restore, settle, split, whole_number
 from vla_jax.tokens.bpe import Bpe
 from vla_jax.tokens.grammar import Grammar
 from vla_jax.types import UserError
@@ -26,6 +26,7 @@ from vla_jax.types import UserError
 FORMAT = "vla_jax.fast_published.1"
 # GPT-2's pattern, on text whose letters are L (but those of its contractions), digits 1 and white space a tab (but a plain space)
 _WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?1+| ?[^\sA-Za-z1]+|\s+(?!\S)|\s+")
+ODD = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)  # what a hostile file makes of reading it
 _LARGEST = 0x7FF  # characters of at most two bytes; a vocabulary of 2048 has no more
 
 
@@ -138,12 +139,13 @@ class PublishedFast:
 
     def decode_batch(self, ids, *, steps: int, dims: int, malformed: str = "repair", last=None) -> tuple[np.ndarray, np.ndarray]:
         """n times i32[t] -> (f32[n steps dims], valid bool[n]). last: f32[n dims]."""
+        check_policy(malformed, last, (len(ids), steps, dims))
         parts, want = split(*joined(ids)), steps * dims
         whole, valid, why = np.zeros((len(parts), want)), np.zeros(len(parts), bool), {}
         for i, own in enumerate(parts):
             raw = b"".join(self._bytes[t] if 0 <= t < self.vocab_size else b"\xff" for t in own.tolist())
-            text = raw.decode(errors="ignore")
-            valid[i] = len(text) == want and len(text.encode()) == len(raw) and max(text) <= chr(_LARGEST)
+            text = "".join(c for c in raw.decode(errors="ignore") if ord(c) <= _LARGEST)
+            valid[i] = len(text) == want and len(text.encode()) == len(raw)
             chars = np.frombuffer(text.encode(f"utf-32-{sys.byteorder[0]}e"), np.uint32)[:want]
             whole[i, : len(chars)] = chars.astype(np.float64) + self.min_coef
             if not valid[i]:
@@ -175,15 +177,21 @@ class PublishedFast:
 
 
 def from_json(body: dict, where: str) -> PublishedFast:
-    """Raises: UserError when a piece stands there twice or a merge names one that is not there."""
+    """Raises: UserError for content that is no tokenizer's; whatever odd content raises (ODD)."""
     pieces, merges = tuple(map(str, body["pieces"])), tuple((str(a), str(b)) for a, b in body["merges"])
     if len(set(pieces)) < len(pieces):
         raise UserError(f"{where}: {len(pieces) - len(set(pieces))} pieces of its vocabulary stand there twice")
     if unknown := sorted({p for a, b in merges for p in (a, b, a + b)} - set(pieces)):
         raise UserError(f"{where}: merges name {len(unknown)} pieces that its vocabulary lacks, such as {unknown[0]!r}")
-    made = PublishedFast(float(body["scale"]), int(body["min_coef"]), pieces, merges, bool(body["words"]))
-    if not 0 < made.scale < np.inf:
-        raise UserError(f"{where}: scale is {made.scale:g}; it must be a positive number")
+    made = PublishedFast(float(body["scale"]), whole_number(body["min_coef"]), pieces, merges, bool(body["words"]))
+    if not (1e-6 <= made.scale <= 1e6 and abs(made.min_coef) < 1 << 30 and len(pieces) <= LARGEST_VOCAB and len(merges) < 1 << 15):
+        raise UserError(
+            f"{where}: scale {made.scale:g}, min_token {made.min_coef}, {len(pieces)} pieces, {len(merges)} merges are no tokenizer's"
+        )
+    g = made.grammar
+    ends = ((g.after == 0) & (g.count == 1)).any(axis=1)  # a last number can be written, whole or from its middle on
+    if not ends[0] or ((g.after == 1).any() and not ends[1]):
+        raise UserError(f"{where}: its pieces cannot finish every number that they begin: a sampler would get stuck")
     return made
 
 
@@ -193,23 +201,32 @@ def load(folder: Path) -> PublishedFast:
     missing = [k for k in ("scale", "vocab_size", "min_token") if not isinstance(settings.get(k), (int, float))]
     if missing:
         raise UserError(f"{folder}/processor_config.json lacks {', '.join(missing)}: it is no FAST processor's")
-    model, cut = file.get("model") or {}, file.get("pre_tokenizer") or {}
+    try:
+        return _from_hf(settings, file, folder)
+    except ODD as e:
+        raise UserError(f"{folder}/tokenizer.json is damaged: {type(e).__name__}: {str(e)[:200]}") from e
+
+
+def _from_hf(settings: dict, file: dict, folder: Path) -> PublishedFast:
+    """Everything that would change an id and is not done here is refused by name."""
+    model, cut, behind = file.get("model") or {}, file.get("pre_tokenizer") or {}, file.get("post_processor") or {}
     odd = [f"model.{k} = {model[k]!r}" for k in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     odd += [f"model.{k} = true" for k in ("ignore_merges", "byte_fallback", "fuse_unk") if model.get(k)]
-    odd += [f"{k} is not null" for k in ("normalizer",) if file.get(k)]
+    odd += ["normalizer is not null"] if file.get("normalizer") else []
+    odd += [f"added_tokens has {len(file['added_tokens'])}"] if file.get("added_tokens") else []
+    odd += [] if behind.get("type", "ByteLevel") == "ByteLevel" else [f"post_processor = {behind['type']!r}"]
     odd += [] if model.get("type") == "BPE" else [f"model.type = {model.get('type')!r}"]
     odd += [] if cut.get("type") == "ByteLevel" and not cut.get("add_prefix_space") else [f"pre_tokenizer = {cut!r}"]
     if odd:
         raise UserError(f"{folder}/tokenizer.json is not byte-level BPE as FAST publishes it: {'; '.join(odd)}")
-    try:
-        pieces = [piece for piece, _ in sorted(model["vocab"].items(), key=lambda kv: kv[1])]
-        if sorted(model["vocab"].values()) != list(range(len(pieces))):
-            raise ValueError("the vocabulary's ids have gaps")
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        body = {"scale": settings["scale"], "min_coef": settings["min_token"], "pieces": pieces, "merges": merges}
-        return from_json(body | {"words": cut.get("use_regex", True)}, str(folder))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{folder}/tokenizer.json is damaged: {type(e).__name__}: {e}") from e
+    pieces = [piece for piece, _ in sorted(model["vocab"].items(), key=lambda kv: kv[1])]
+    if sorted(model["vocab"].values()) != list(range(len(pieces))):
+        raise ValueError("the vocabulary's ids have gaps")
+    if len(pieces) > settings["vocab_size"]:
+        raise ValueError(f"{len(pieces)} pieces, but processor_config.json says vocab_size {settings['vocab_size']}")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    body = {"scale": settings["scale"], "min_coef": settings["min_token"], "pieces": pieces, "merges": merges}
+    return from_json(body | {"words": cut.get("use_regex", True)}, str(folder))
 
 
 def _read(path: Path) -> dict:

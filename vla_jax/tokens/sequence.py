@@ -125,7 +125,11 @@ class Layout:
         if self.openpi:
             if self.state != "text":
                 raise UserError(f"tokens.layout=openpi writes the state into the prompt; set tokens.state=text, not {self.state}")
-            self.text.check_paligemma(self.action.vocab_size if self.action else 0)
+        self.text.check_writes("0123456789,:;-_.\n|")
+        if self.openpi:
+            self.text.check_paligemma(self.action.vocab_size if self.action else 0, "Task: , State: 0123456789-;\nAction: |")
+            if len(self.closing) != 2 or self.closing[0] in self.opening:
+                raise UserError("layout openpi ends its actions with `|`, which this text model does not write as one piece of its own")
 
     @classmethod
     def of(cls, settings: config.Tokens, text: TextTokenizer, action: ActionTokenizer | None, tokens_per_image: int) -> Layout:
@@ -168,16 +172,32 @@ class Layout:
         return self.action.grammar
 
     def prompt(self, who: Embodiment, instruction: str, state: np.ndarray | None = None) -> Prompt:
-        """state: f32[s] normalised, needed where it is written into the prompt."""
+        """state: f32[s] normalised. Raises: ValueError when it is to be written into the prompt and is missing or holds NaN."""
+        if self.state == "text" and state is None:
+            raise ValueError("the state belongs into this layout's prompt (tokens.state=text), and none was given")
         if self.openpi:
             cleaned = instruction.lower().strip().replace("_", " ")
             return Prompt("Task: ", cleaned, f", State: {state_text(state)};\n")
         written = f"; state: {' '.join(map(str, np.clip(state_bins(state), 0, 255)))}" if self.state == "text" else ""
         return Prompt(f"{who.described if self.describe else who.name}: ", _task(instruction), f"{written}\n")
 
+    def check_limit(self, who: Embodiment, state_dims: int) -> None:
+        """Raises: UserError when `limit` leaves no token for the task (native), or none for an action (openpi)."""
+        prompt = self.prompt(who, "", np.ones(state_dims))  # bins of three digits
+        least = 2 + len(self.text.encode(prompt.head)) + len(self.text.encode(prompt.tail)) + len(self.opening)
+        if self.limit and self.limit < least:
+            raise UserError(
+                f"tokens.limit {self.limit} is below the {least} tokens that a prompt of {who.tag} has without its task. Raise --config.tokens.limit, "
+                "or set it to 0."
+            )
+
     def prefix(self, *, images: int, prompt: Prompt) -> np.ndarray:
         """i32[n] of the part that is given when acting; not to be changed, it is kept."""
         return self._prefix(images, prompt)[0]
+
+    def cut(self, *, images: int, prompt: Prompt) -> int:
+        """How many tokens of a prompt do not fit `limit`."""
+        return self._prefix(images, prompt)[1]
 
     @functools.cached_property
     def _prefix(self):
@@ -191,7 +211,7 @@ class Layout:
             ids = ids[: self.limit]
         elif over:
             behind = len(self.text.encode(prompt.tail))
-            keep = max(1, self.limit - behind)
+            keep = max(1 + len(self.text.encode(prompt.head)), self.limit - behind)  # only the task is cut
             ids, over = ids[:keep] + ids[len(ids) - behind :], len(ids) - behind - keep
         before = [IMAGE] * (images * self.tokens_per_image) + [STATE] * (self.state == "continuous")
         return np.array(before + ids, np.int32), max(0, over)
@@ -211,10 +231,11 @@ class Layout:
         """Generated ids i32[t] -> i64, the action tokens before the closing, for `action.decode`. An id that stands where it must not
         becomes -1, which no decoder takes for valid."""
         ids = np.asarray(ids, np.int64)
+        begin = len(self.opening)
+        opened = tuple(ids[:begin].tolist()) == self.opening
+        ids = ids[begin:] if opened else ids
         end = np.flatnonzero(ids == self.closing[0])
-        ended, ids = bool(end.size), ids[: end[0] if end.size else len(ids)]
-        opened = tuple(ids[: len(self.opening)].tolist()) == self.opening
-        ids = ids[len(self.opening) :] if opened else ids
-        tokens = self.ids[0] - ids if self.openpi else ids - self.ids[0]
+        tokens = ids[: end[0] if end.size else len(ids)]
+        tokens = self.ids[0] - tokens if self.openpi else tokens - self.ids[0]
         tokens = np.where((tokens >= 0) & (tokens < self.action.vocab_size), tokens, -1)
-        return tokens if opened and ended else np.append(tokens, -1)
+        return tokens if opened and end.size else np.append(tokens, -1)

@@ -36,9 +36,18 @@ class TextTokenizer:
             )
         return sp
 
-    def check_paligemma(self, action_vocab: int) -> None:
+    def check_writes(self, text: str) -> None:
+        """Raises: UserError naming the characters of `text` that this model cannot write and read back."""
+        lost = [c for c in dict.fromkeys(text) if self.unk in self.encode(f"a{c}a") or self.decode(self.encode(f"a{c}a")) != f"a{c}a"]
+        if lost:
+            raise UserError(
+                f"the text model cannot write {', '.join(map(repr, lost))}, which prompts hold. Train it with --byte_fallback and "
+                "--normalization_rule_name=identity, or use Gemma's or the default one."
+            )
+
+    def check_paligemma(self, action_vocab: int, spoken: str) -> None:
         """Raises: UserError, naming what is missing, unless special ids and last pieces are as PaliGemma has them, and `action_vocab`
-        ids fit below the segmentation pieces without reaching the special ones."""
+        ids fit below the segmentation pieces without reaching special ones, or those of the words `spoken` around actions."""
         sp, found = self._sp, {name: getattr(self, name) for name in _SPECIAL}
         wrong = [f"{name} is {i}, not {want}" for want, (name, i) in enumerate(found.items()) if i != want]
         first = sp.vocab_size() - SEGMENTS - LOCATIONS
@@ -52,10 +61,11 @@ class TextTokenizer:
                 f"the text model is not PaliGemma-shaped, as layout openpi needs it: {'; '.join(wrong)}. "
                 "Use PaliGemma's tokenizer.model or the default one, or tokens.layout=native."
             )
-        room = sp.vocab_size() - SEGMENTS - 4 - 256
+        used = {i for i in range(sp.vocab_size()) if sp.is_byte(i) or sp.is_control(i)} | {i for c in spoken for i in self.encode(c)}
+        room = sp.vocab_size() - SEGMENTS - 1 - max(used | set(self.encode(spoken)))
         if action_vocab > room:
             raise UserError(
-                f"{action_vocab} action ids do not fit below the last pieces of a text model of {sp.vocab_size()}: at most {room}"
+                f"{action_vocab} action ids do not fit below the last {SEGMENTS} of this text model: the {room + 1}st is in use by prompts"
             )
 
     @property
@@ -102,7 +112,7 @@ def load(path: str = "") -> TextTokenizer:
     file = paths.find("data", f"text/{path or 'default'}.model") if named else Path(path).expanduser()
     if not file.is_file():
         raise UserError(
-            f"text model {file} does not exist. Set tokens.text_model to a SentencePiece .model file, to tiny, or leave it empty for the default."
+            f"text model {file} {'is a folder' if file.is_dir() else 'does not exist'}. Set tokens.text_model to a SentencePiece .model file, to tiny, or leave it empty for the default."
         )
     tokenizer = TextTokenizer(file.read_bytes())
     tokenizer.vocab_size  # noqa: B018  a broken file is refused here, not in a thread later

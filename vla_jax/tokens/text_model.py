@@ -91,10 +91,15 @@ def train(corpus: list[str], *, vocab_size: int, paligemma: bool) -> bytes:
 
 
 def _with_tail(model: bytes) -> bytes:
-    """The trainer would put such pieces first; here they are added behind all others."""
+    """The trainer would put such pieces first; here they are added behind all others. Before them go the rarest merges, as in PaliGemma:
+    pi0-FAST's action ids reach down there, and must not meet the letters and digits of its prompts, which the trainer puts last."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    merged = lambda p: p.type == p.NORMAL and len(p.piece) > 1  # what is merged first is in the scores, not in the order
+    pieces = sorted(proto.pieces, key=lambda p: (merged(p), -p.score if merged(p) else 0))
+    del proto.pieces[:]
+    proto.pieces.extend(pieces)
     proto.trainer_spec.vocab_size = len(proto.pieces) + LOCATIONS + SEGMENTS
     for piece in [f"<loc{i:04}>" for i in range(LOCATIONS)] + [f"<seg{i:03}>" for i in range(SEGMENTS)]:
         proto.pieces.add(piece=piece, score=0.0, type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED)

@@ -46,13 +46,18 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
 
 
 def token_metrics(config: Config, source: Source, eval_step, params, mesh, *, batches: int) -> dict[str, dict[str, float]]:
-    """Over the same first `batches` held-out batches each time: {dataset: {nll, accuracy, targets}}; nll in nats a token."""
+    """Over the same first `batches` held-out batches each time: {dataset: {nll, accuracy, targets}}; nll in nats a token;
+    truncated: share of samples whose text was cut, where any was."""
     total = None
     with Stream(source, process=distributed.process_index(), processes=distributed.process_count()) as stream:
         for _, (batch, _) in zip(range(batches), stream):
             sums = jax.tree.map(np.asarray, eval_step(params, feed.to_device(batch, mesh)))
             total = sums if total is None else jax.tree.map(np.add, total, sums)
-    return summarise(total, source.names)
+        drawn, cut = dict(stream.drawn), dict(stream.truncated)
+    found = summarise(total, source.names)
+    for name, n in cut.items():
+        found.setdefault(name, {})["truncated"] = n / drawn[name]  # of this host's samples
+    return found
 
 
 def summarise(sums: dict, names: tuple[str, ...]) -> dict[str, dict[str, float]]:

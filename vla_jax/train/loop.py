@@ -113,7 +113,8 @@ def train(run: Run, *, quiet: bool = False) -> TrainState:
                 }
                 values |= {"skipped": _total({f"{d}/{why}": n for (d, why), n in dict(stream.skipped).items()})}
                 values |= {"truncated": _total(dict(stream.truncated))}
-                writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}")
+                cut = sum(values["truncated"].values())
+                writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}" + (f", {cut} prompts cut" if cut else ""))
                 since, waited, at = time.perf_counter(), 0.0, now
             if held_out and (now == t.steps or (t.eval_every and now % t.eval_every == 0)):
                 found = evaluate.token_metrics(config, held_out, eval_step, current.params, run.mesh, batches=t.eval_batches)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from vla_jax.models.layers import cap
+
 CHUNK = 512  # positions whose logits exist at one time, per row block
 
 
-def token_loss(hidden, table, target, weight, *, targets: int) -> dict:
+def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float = 0.0) -> dict:
     """hidden [b n d], table f32[v d], target i32[b n], weight f32[b n] -> per-position arrays over the targets.
 
     targets: positions with weight > 0 in a row, at most (the packer's limit). Returns {"nll", "correct", "weight",
-    "position"}, each [b targets]; slots without a target have weight 0. Log-softmax in float32.
+    "position"}, each [b targets]; slots without a target have weight 0. Log-softmax in float32, of logits capped as the model's are.
     """
     weight, position = jax.lax.top_k(weight, targets)
     h = jnp.take_along_axis(hidden, position[..., None], axis=1)
@@ -25,6 +27,7 @@ def token_loss(hidden, table, target, weight, *, targets: int) -> dict:
     def chunk(args):
         h, labels = args
         logits = jnp.einsum("btd,vd->btv", h, table.astype(h.dtype), preferred_element_type=jnp.float32)
+        logits = cap(logits, logit_cap)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return nll, jnp.argmax(logits, axis=-1) == labels

@@ -19,7 +19,8 @@ from vla_jax.types import Batch, TrainState
 def loss_fn(params, cfg: VLAConfig, batch: Batch, *, targets: int, datasets: int):
     """-> (mean over samples of the mean nll of their targets, sums by dataset; see losses.per_dataset)."""
     hidden = vla.apply(cfg, params, batch)
-    loss = losses.token_loss(hidden, vla.embedding(params), batch.target, batch.loss_weight, targets=targets)
+    limits = {"targets": targets, "logit_cap": cfg.language.logit_cap}
+    loss = losses.token_loss(hidden, vla.embedding(params), batch.target, batch.loss_weight, **limits)
     total = (loss["nll"] * loss["weight"]).sum() / jnp.maximum(loss["weight"].sum(), 1e-6)
     return total, losses.per_dataset(loss, batch.segment, batch.dataset, datasets)
 
