@@ -119,7 +119,7 @@ def tokens_picture(rows: list[dict], out: Path) -> Path:
         axis.grid(alpha=0.3, which="both")
         axis.margins(0.15)
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else ""))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "23457" else ""))
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     axes.flat[0].legend(fontsize=8)
