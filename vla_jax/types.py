@@ -75,7 +75,7 @@ class Batch:
     segment i32[b n] (0 = padding, 1.. = sample); position i32[b n] counts within a sample; block i32[b n]: a token
     sees its own segment's tokens of the same or a lower block (prefix 0, then 1, 2, ..); target i32[b n] is the id to
     predict at a position and loss_weight f32[b n] its weight (0 = no loss); state f32[b g s] normalised;
-    actions f32[b g k a] normalised with action_mask bool[b g k a]; dataset i32[b g] (-1 = empty slot);
+    actions f32[b g k a] normalised with action_mask bool[b g k a]; chunk i32[b g]: steps of the robot's chunk, of k; dataset i32[b g] (-1 = empty slot);
     sample_id i64[b g] (numpy only: left behind before the device); change f32[b m 16], where pictures are augmented on the
     device: crop and colour of each (data.augment; likewise left behind).
     """
@@ -93,6 +93,7 @@ class Batch:
     dataset: Any
     sample_id: Any
     change: Any = None
+    chunk: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,6 +156,7 @@ def assemble(
         action_mask=np.zeros((b, samples, k, a), bool),
         dataset=np.full((b, samples), -1, np.int32),
         sample_id=np.full((b, samples), -1, np.int64),
+        chunk=i32(b, samples),
     )
     slots, count = [], np.arange(length)
     for r, row in enumerate(rows):
@@ -171,6 +172,7 @@ def assemble(
             out.state[r, g, : len(item.state)] = item.state
             out.actions[r, g, :steps, :dims] = item.actions
             out.action_mask[r, g, :steps, :dims] = item.action_mask[:, None]
+            out.chunk[r, g] = steps
             at += seq.length
         if row:
             lengths, n = [item.sequence.length for item in row], len(row)

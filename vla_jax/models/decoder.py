@@ -11,11 +11,12 @@ from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import constrain
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     cfg: VLAConfig
 
     @nn.compact
-    def __call__(self, x, cache, position, mask, slot):
+    def __call__(self, x, cache, position, mask, slot, before=None):
+        """before: keys and values (k, v), each [b s kv hd], that stand in front of x's own."""
         c = self.cfg.language
         # twice the usual spread: attention that starts less uniform finds the named object sooner (docs/log.md)
         q = Einsum((c.heads, c.width, c.head_dim), ("heads", "embed", None), fan_in(1, (0, 2), 4.0), name="q_einsum")("btd,hde->bthe", x)
@@ -25,6 +26,8 @@ class _Attention(nn.Module):
         q, k, v = rope(q, position) * c.head_dim**-0.5, rope(kv[0], position), kv[1]
         if cache is not None:  # decoding: write the new keys and values, then look at all of them
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1) for old, new in zip(cache, (k, v)))
+        if before is not None:
+            k, v = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(before, (k, v)))
         y = attention(q, k, v, mask, most=c.attn_cap)
         out = Einsum((c.heads, c.head_dim, c.width), ("heads", None, "embed"), fan_in((0, 1), 2), name="attn_vec_einsum")(
             "bthe,hed->btd", y
@@ -32,7 +35,7 @@ class _Attention(nn.Module):
         return out, (k, v)
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
     cfg: VLAConfig
 
     @nn.compact
@@ -51,10 +54,10 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, position, mask, slot):
-        y, kv = _Attention(self.cfg, name="attn")(RMSNorm(name="pre_attention_norm")(x), cache, position, mask, slot)
+        y, kv = Attention(self.cfg, name="attn")(RMSNorm(name="pre_attention_norm")(x), cache, position, mask, slot)
         after = self.cfg.language.post_norms
         x = x + (RMSNorm(name="post_attention_norm")(y) if after else y)
-        y = _Mlp(self.cfg, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
+        y = Mlp(self.cfg, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
         x = x + (RMSNorm(name="post_ffw_norm")(y) if after else y)
         return x, kv if self.keep_kv else None
 

@@ -36,6 +36,17 @@ class Language:
 
 
 @dataclasses.dataclass(frozen=True)
+class Expert:
+    """Action expert (Black et al., "pi0", 2024): a second stream as deep as the decoder, with its heads, narrower. ada: the flow's time
+    modulates the norms (pi0.5) instead of being mixed into the action tokens; the state is then no token of the stream either."""
+
+    width: int
+    mlp: int
+    ada: bool
+    action_dim: int = 32  # numbers of an action, and of a state; robots with fewer are filled up with zeros
+
+
+@dataclasses.dataclass(frozen=True)
 class VLAConfig:
     vision: Vision
     language: Language
@@ -44,6 +55,7 @@ class VLAConfig:
     state_dim: int  # width of the projected state; 0: no state input
     dtype: str
     remat: str
+    expert: Expert | None = None
 
     @property
     def tokens_per_image(self) -> int:
@@ -61,6 +73,7 @@ PRESETS = {
     "3b": (_SO400M, Language(2048, 18, 8, 1, 256, 16384)),  # PaliGemma: SigLIP So400m/14 and Gemma 2B
     "paligemma2_3b": (_SO400M, Language(2304, 26, 8, 4, 256, 9216, post_norms=True, attn_cap=50.0, logit_cap=30.0)),  # Gemma 2 2B
 }
+EXPERTS = {"none": None, "tiny": (24, 48), "debug": (64, 192), "demo": (64, 192), "300m": (1024, 4096)}  # width, mlp; the last is pi0's
 DTYPES, REMAT = ("bfloat16", "float32"), ("none", "full", "dots")
 
 
@@ -75,10 +88,17 @@ def tokens_per_image(preset: str, image_size: int) -> int:
     return (image_size // patch) ** 2
 
 
-def resolve(preset: str, *, vocab: int, image_size: int, state_dim: int, dtype: str, remat: str) -> VLAConfig:
-    """vocab is rounded up to a multiple of 128, so that it divides over meshes and fills matrix tiles."""
+def resolve(
+    preset: str, *, vocab: int, image_size: int, state_dim: int, dtype: str, remat: str, expert: str = "none", expert_dims: int = 32
+) -> VLAConfig:
+    """vocab is rounded up to a multiple of 128, so that it divides over meshes and fills matrix tiles. expert: a key of EXPERTS, with
+    `:ada` behind it for pi0.5's norms. Raises: UserError for an unknown setting."""
     tokens_per_image(preset, image_size)
     if dtype not in DTYPES or remat not in REMAT:
         raise UserError(f"model.dtype is {dtype!r} (allowed: {', '.join(DTYPES)}), model.remat is {remat!r} (allowed: {', '.join(REMAT)})")
+    size, _, kind = expert.partition(":")
+    if size not in EXPERTS or kind not in ("", "ada"):
+        raise UserError(f"model.expert is {expert!r}; there are: {', '.join(EXPERTS)}, and each with :ada behind it")
+    made = EXPERTS[size] and Expert(*EXPERTS[size], kind == "ada", expert_dims)
     vision, language = PRESETS[preset]
-    return VLAConfig(vision, language, -(-vocab // 128) * 128, image_size, state_dim, dtype, remat)
+    return VLAConfig(vision, language, -(-vocab // 128) * 128, image_size, state_dim, dtype, remat, made)

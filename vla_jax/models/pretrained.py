@@ -24,7 +24,7 @@ from vla_jax.models.presets import VLAConfig
 from vla_jax.types import UserError
 
 FORMATS = ("hf", "big_vision", "openpi", "native")
-_OURS = re.compile(r"(img|llm)/.*")
+_OURS = re.compile(r"(img|llm|expert)/.*")
 _TABLE, _POSITION = "llm/embedder/input_embedding", "img/pos_embedding"
 
 
@@ -191,6 +191,21 @@ def _header(opened, name: str) -> tuple[int, ...]:
     return shape
 
 
+# openpi keeps the expert's leaves beside the decoder's, with _1 behind the module's name, and its projections at the root
+_EXPERT = (
+    (re.compile(r"PaliGemma/((?:img|llm)/.*)"), r"\1"),
+    (re.compile(r"llm/(.*?)(\w+)_1/scale"), r"expert/\1\2/plain/scale"),
+    (re.compile(r"llm/(.*?)(\w+)_1/(.*)"), r"expert/\1\2/\3"),
+    (re.compile(r"((?:action|state|time|action_time)_\w+/(?:kernel|bias))"), r"expert/\1"),
+)
+
+
+def _of_openpi(name: str) -> str:
+    for pattern, to in _EXPERT:
+        name = pattern.sub(to, name) if pattern.fullmatch(name) else name
+    return name
+
+
 def _orbax(folder: Path, *inside: str) -> dict[str, Leaf]:
     """The leaves of a PyTree checkpoint, below the keys `inside`; a last key `value`, as newer libraries write it, is left out."""
     import orbax.checkpoint as ocp
@@ -202,6 +217,7 @@ def _orbax(folder: Path, *inside: str) -> dict[str, Leaf]:
         raise UserError(f"{folder} is no Orbax checkpoint: {str(e).splitlines()[0]}") from e
     start = "".join(f"{key}/" for key in inside)
     names = {n.removeprefix(start).removesuffix("/value"): n for n in stored if n.startswith(start)}
+    names = {_of_openpi(n) if inside else n: m for n, m in names.items()}
 
     @functools.lru_cache(maxsize=1)
     def read(name: str) -> np.ndarray:
@@ -221,7 +237,7 @@ def _open(place: str | Path, kind: str, cfg: VLAConfig) -> dict[str, Leaf]:
         return _hf(path, cfg)
     if kind == "big_vision":
         return _big_vision(path)
-    return _orbax(path / "params", *(("params", "PaliGemma") if kind == "openpi" else ()))
+    return _orbax(path / "params", *(("params",) if kind == "openpi" else ()))
 
 
 def load(source: str | Path, kind: str, cfg: VLAConfig, where: dict, *, text_vocab: int = 0, seed: int = 0, more: str | Path = "") -> dict:
@@ -240,7 +256,11 @@ def load(source: str | Path, kind: str, cfg: VLAConfig, where: dict, *, text_voc
     for place in (source, *([more] if more else [])):
         found |= _open(place, kind, cfg)
     want = tree.flatten(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))
-    fresh = {p for p in want if p.startswith("state/")} | ({p for p in want if p.startswith("img/head/")} - found.keys() if more else set())
+    fresh = (
+        {p for p in want if p.startswith("state/")}
+        | _new_expert(want, found)
+        | ({p for p in want if p.startswith("img/head/")} - found.keys() if more else set())
+    )
     text_vocab = text_vocab or (found[_TABLE].shape[0] if _TABLE in found else 0)
     fitted = {path: _fit(path, leaf, want[path].shape, text_vocab, seed) for path, leaf in found.items() if path in want}
     wrong = [f"missing: {p} {want[p].shape}" for p in want if p not in found and p not in fresh]
@@ -254,6 +274,12 @@ def load(source: str | Path, kind: str, cfg: VLAConfig, where: dict, *, text_voc
     for path, leaf in fitted.items():
         out[path] = jax.make_array_from_callback(leaf.shape, places[path], leaf.part)
     return tree.unflatten({path: out[path] for path in want})
+
+
+def _new_expert(want: dict, found: dict) -> set[str]:
+    """An expert that the file has nothing of is drawn."""
+    own = {p for p in want if p.startswith("expert/")}
+    return own if not own & found.keys() else set()
 
 
 def _fit(path: str, leaf: Leaf, shape: tuple[int, ...], text_vocab: int, seed: int) -> Leaf:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vla_jax.models.action_expert import ActionExpert
 from vla_jax.models.decoder import Decoder
 from vla_jax.models.layers import cap, fan_in, weight
 from vla_jax.models.presets import VLAConfig
@@ -34,6 +35,8 @@ class _VLA(nn.Module):
         self.llm = Decoder(self.cfg, self.keep_kv)
         if self.cfg.state_dim:
             self.state = _State(self.cfg)
+        if self.cfg.expert:
+            self.expert = ActionExpert(self.cfg)
 
     def embed(self, images, tokens, segment, state):
         """Puts image tokens and states where their placeholders stand: the i-th IMAGE of a row is the i-th image token."""
@@ -58,6 +61,20 @@ class _VLA(nn.Module):
         x = self.embed(images, tokens, segment, state)
         return self.llm(x, position, mask(segment, block))
 
+    def flow(self, images, tokens, segment, position, block, state, noisy, time, chunk, insulated):
+        """(hidden states, velocities f32[b g k a]) in one pass. insulated: no gradient of the velocities reaches the decoder."""
+        x = self.embed(images, tokens, segment, state)
+        x, kv = self.llm(x, position, mask(segment, block))
+        if insulated:
+            kv = jax.lax.stop_gradient(kv)
+        return x, self.velocity(kv, *prompts(segment, block, noisy.shape[1]), noisy, time, state, chunk)
+
+    def velocity(self, kv, seen, prefix, noisy, time, state, chunk):
+        """See ActionExpert; actions and states of fewer dims than its own are filled up with zeros, and cut off again."""
+        dims, own = noisy.shape[-1], self.cfg.expert.action_dim
+        fill = lambda x: jnp.pad(x[..., :own], [(0, 0)] * (x.ndim - 1) + [(0, max(0, own - x.shape[-1]))])
+        return self.expert(kv, seen, prefix, fill(noisy), time, fill(state), chunk)[..., :dims]
+
     def decode_step(self, token, position, visible, cache, slot):
         """One generated token per row, i32[b]: writes the cache at `slot`, sees slots bool[b s]. -> (hidden [b d], cache)."""
         x = self.llm.embed(token[:, None])
@@ -71,21 +88,33 @@ def mask(segment, block):
     return same & (block[:, None, :] <= block[:, :, None])
 
 
-def _inputs(cfg: VLAConfig):
-    """The smallest inputs that touch every parameter."""
+def prompts(segment, block, samples: int):
+    """(bool[b g n]: the tokens of each sample's prompt, i32[b g]: how many they are)."""
+    seen = (segment[:, None, :] == jnp.arange(1, samples + 1)[None, :, None]) & (block == 0)[:, None, :]
+    return seen, seen.sum(axis=-1)
+
+
+def _made(cfg: VLAConfig, key):
+    """Parameters with their logical axes, from the smallest inputs that touch every one of them."""
     one = jnp.zeros((1, 2), jnp.int32)
-    return jnp.zeros((1, 1, cfg.image_size, cfg.image_size, 3), jnp.uint8), one, one, one, one, jnp.zeros((1, 1, max(cfg.state_dim, 1)))
+    inputs = jnp.zeros((1, 1, cfg.image_size, cfg.image_size, 3), jnp.uint8), one, one, one, one, jnp.zeros((1, 1, max(cfg.state_dim, 1)))
+    if not cfg.expert:
+        return _VLA(cfg).init(key, *inputs, method=_VLA.hidden)["params"]
+    state, noisy = jnp.zeros((1, 1, cfg.expert.action_dim)), jnp.zeros((1, 1, 1, cfg.expert.action_dim))
+    inputs = *inputs[:-1], inputs[-1] if cfg.state_dim else state
+    return _VLA(cfg, keep_kv=True).init(key, *inputs, noisy, jnp.zeros((1, 1)), jnp.ones((1, 1), jnp.int32), False, method=_VLA.flow)[
+        "params"
+    ]
 
 
 def init(cfg: VLAConfig, key) -> dict:
     """Parameters, f32, as a nested dict. Pure: jit it with output shardings to create them where they belong."""
-    boxed = _VLA(cfg).init(key, *_inputs(cfg), method=_VLA.hidden)["params"]
-    return nn.unbox(boxed)
+    return nn.unbox(_made(cfg, key))
 
 
 def logical_axes(cfg: VLAConfig) -> dict:
     """The tree of `init` with a tuple of logical axis names (or None) for each leaf."""
-    boxed = jax.eval_shape(lambda k: _VLA(cfg).init(k, *_inputs(cfg), method=_VLA.hidden)["params"], jax.random.key(0))
+    boxed = jax.eval_shape(lambda k: _made(cfg, k), jax.random.key(0))
     return jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
@@ -104,6 +133,18 @@ def logits(cfg: VLAConfig, params: dict, hidden):
     """f32[.. vocab] of hidden states [.. d]. Of few positions only: a training step never makes them whole (train.losses)."""
     scores = jnp.einsum("...d,vd->...v", hidden, embedding(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
     return cap(scores, cfg.language.logit_cap)
+
+
+def flow(cfg: VLAConfig, params: dict, batch, noisy, time, *, insulated: bool):
+    """types.Batch, noisy actions f32[b g k a] and their time f32[b g] (1 = noise) -> (hidden as `apply`, velocities f32[b g k a])."""
+    args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state, noisy, time, batch.chunk)
+    return _VLA(cfg, keep_kv=True).apply({"params": params}, *args, insulated, method=_VLA.flow)
+
+
+def velocity(cfg: VLAConfig, params: dict, kv, batch, noisy, time):
+    """The same for keys and values that `prefill` made: what a step of integration needs."""
+    seen, prefix = prompts(batch.segment, batch.block, noisy.shape[1])
+    return _VLA(cfg).apply({"params": params}, kv, seen, prefix, noisy, time, batch.state, batch.chunk, method=_VLA.velocity)
 
 
 def prefill(cfg: VLAConfig, params: dict, batch):

@@ -1,0 +1,211 @@
+"""The action expert against pi0 and pi0.5 written anew in numpy, as openpi lays them out: one joint attention over both streams."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from vla_jax import sharding, tree
+from vla_jax.models import presets, pretrained, vla
+from vla_jax.models.presets import Expert, Language, Vision
+from vla_jax.train import state
+from vla_jax.types import Batch
+
+V, C, E = Vision(24, 1, 2, 40, 16), Language(32, 3, 4, 2, 12, 56), Expert(20, 36, False, action_dim=6)
+LENGTH, STEPS, VOCAB = 12, 5, 128
+
+
+def cfg_of(ada):
+    return presets.VLAConfig(V, C, VOCAB, 16, 0, "float32", "none", dataclasses.replace(E, ada=ada))
+
+
+def openpi_tree(ada, seed=0):
+    """Random weights by openpi's names and shapes."""
+    rng = np.random.default_rng(seed)
+    w = lambda *shape: (rng.normal(size=shape) * 0.6 / np.sqrt(shape[-2] if len(shape) > 1 else 2)).astype(np.float32)
+    out, depth = {}, C.depth
+    for path, leaf in tree.flatten(
+        jax.eval_shape(lambda: vla.init(dataclasses.replace(cfg_of(ada), expert=None), jax.random.key(0)))
+    ).items():
+        out[f"PaliGemma/{path}"] = w(*leaf.shape)
+    at = "PaliGemma/llm/layers/"
+    out[f"{at}attn/q_einsum_1/w"] = w(depth, C.heads, E.width, C.head_dim)
+    out[f"{at}attn/kv_einsum_1/w"] = w(depth, 2, C.kv_heads, E.width, C.head_dim)
+    out[f"{at}attn/attn_vec_einsum_1/w"] = w(depth, C.heads, C.head_dim, E.width)
+    out[f"{at}mlp_1/gating_einsum"], out[f"{at}mlp_1/linear"] = w(depth, 2, E.width, E.mlp), w(depth, E.mlp, E.width)
+    for norm, lead in (("layers/pre_attention_norm_1", (depth,)), ("layers/pre_ffw_norm_1", (depth,)), ("final_norm_1", ())):
+        if ada:
+            out[f"PaliGemma/llm/{norm}/Dense_0/kernel"] = w(*lead, E.width, 3 * E.width)
+            out[f"PaliGemma/llm/{norm}/Dense_0/bias"] = w(*lead, 3 * E.width)
+        else:
+            out[f"PaliGemma/llm/{norm}/scale"] = w(*lead, E.width)
+    sizes = {"action_in_proj": (6, 20), "action_out_proj": (20, 6)}
+    sizes |= (
+        {"time_mlp_in": (20, 20), "time_mlp_out": (20, 20)}
+        if ada
+        else {"state_proj": (6, 20), "action_time_mlp_in": (40, 20), "action_time_mlp_out": (20, 20)}
+    )
+    for name, shape in sizes.items():
+        out[f"{name}/kernel"], out[f"{name}/bias"] = w(*shape), w(shape[1])
+    return out
+
+
+def reference(w, ada, prompt, noisy, time, robot_state):
+    """One sample: prompt ids [n], noisy [k 6], time, state [6] -> velocity [k 6]. float64."""
+    w = {name: x.astype(np.float64) for name, x in w.items()}
+    get = lambda name, i: w[f"PaliGemma/llm/layers/{name}"][i]
+    rms = lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    swish = lambda x: x / (1 + np.exp(-x))
+    gelu = lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    linear = lambda name, x: x @ w[f"{name}/kernel"] + w[f"{name}/bias"]
+
+    def rope(x, position):
+        half = x.shape[-1] // 2
+        angle = position[:, None, None] / 1e4 ** (np.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+    fraction = np.linspace(0, 1, 10)
+    angle = time / (4e-3 * (4.0 / 4e-3) ** fraction) * 2 * np.pi
+    told = np.concatenate([np.sin(angle), np.cos(angle)])
+    x = linear("action_in_proj", noisy)
+    if ada:
+        condition = swish(linear("time_mlp_out", swish(linear("time_mlp_in", told))))
+    else:
+        x = np.concatenate([x, np.tile(told, (len(x), 1))], -1)
+        x = linear("action_time_mlp_out", swish(linear("action_time_mlp_in", x)))
+        x = np.concatenate([linear("state_proj", robot_state)[None], x])
+
+    def norm(name, x, i=None):
+        """(normed, gate) of the second stream."""
+        pick = lambda leaf: w[f"PaliGemma/llm/{name}/{leaf}"] if i is None else w[f"PaliGemma/llm/{name}/{leaf}"][i]
+        if not ada:
+            return rms(x) * (1 + pick("scale")), 1
+        scale, shift, gate = np.split(condition @ pick("Dense_0/kernel") + pick("Dense_0/bias"), 3)
+        return rms(x) * (1 + scale) + shift, gate
+
+    streams = [w["PaliGemma/llm/embedder/input_embedding"][prompt] * np.sqrt(C.width), x]
+    n, m = len(prompt), len(x)
+    causal = np.cumsum([0] * n + ([1] if not ada else []) + [1] + [0] * (len(noisy) - 1))  # openpi's ar_mask
+    mask = causal[None, :] <= causal[:, None]
+    position = np.arange(n + m)
+    for i in range(C.depth):
+        first = rms(streams[0]) * (1 + get("pre_attention_norm/scale", i))
+        second, gate = norm("layers/pre_attention_norm_1", streams[1], i)
+        q, k, v = [], [], []
+        for y, end in ((first, ""), (second, "_1")):
+            q.append(np.einsum("td,hde->the", y, get(f"attn/q_einsum{end}/w", i)))
+            kv = np.einsum("td,ckde->ctke", y, get(f"attn/kv_einsum{end}/w", i))
+            k.append(kv[0]), v.append(kv[1])
+        q, k, v = (np.concatenate(part) for part in (q, k, v))
+        q, k = rope(q, position) / np.sqrt(C.head_dim), rope(k, position)
+        k, v = (np.repeat(part, C.heads // C.kv_heads, axis=1) for part in (k, v))
+        scores = np.where(mask[None], np.einsum("the,she->hts", q, k), -1e30)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        y = np.einsum("hts,she->the", scores / scores.sum(-1, keepdims=True), v)
+        streams[0] = streams[0] + np.einsum("the,hed->td", y[:n], get("attn/attn_vec_einsum/w", i))
+        streams[1] = streams[1] + gate * np.einsum("the,hed->td", y[n:], get("attn/attn_vec_einsum_1/w", i))
+        feed = lambda y, end, i=i: (
+            (gelu(y @ get(f"mlp{end}/gating_einsum", i)[0]) * (y @ get(f"mlp{end}/gating_einsum", i)[1])) @ get(f"mlp{end}/linear", i)
+        )
+        streams[0] = streams[0] + feed(rms(streams[0]) * (1 + get("pre_ffw_norm/scale", i)), "")
+        y, gate = norm("layers/pre_ffw_norm_1", streams[1], i)
+        streams[1] = streams[1] + gate * feed(y, "_1")
+    return linear("action_out_proj", norm("final_norm_1", streams[1])[0][-len(noisy) :])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
+def model(request, tmp_path_factory):
+    """(cfg, openpi's weights, ours as loaded from the folder that Orbax wrote of them)."""
+    w, folder, cfg = openpi_tree(request.param), tmp_path_factory.mktemp("pi"), cfg_of(request.param)
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(folder / "params", {"params": tree.unflatten({f"{name}/value": x for name, x in w.items()})})
+    mesh = sharding.make_mesh(2, 2, 2)
+    return cfg, w, pretrained.load(folder, "openpi", cfg, state.param_shardings(cfg, mesh))
+
+
+def sample(rng, prompt=6, suffix=3, steps=STEPS, dims=6):
+    return {
+        "ids": rng.integers(1, VOCAB, prompt + suffix),
+        "prompt": prompt,
+        "noisy": rng.normal(size=(steps, dims)).astype(np.float32),
+        "time": np.float32(rng.uniform(0.05, 1)),
+        "state": rng.normal(size=dims).astype(np.float32),
+    }
+
+
+def batch_of(rows, samples=3, dims=6, length=LENGTH * 3):
+    b = len(rows)
+    out = {k: np.zeros((b, length), np.int32) for k in ("tokens", "segment", "position", "block")}
+    noisy, time = np.zeros((b, samples, STEPS, dims), np.float32), np.ones((b, samples), np.float32)
+    robot, chunk = np.zeros((b, samples, dims), np.float32), np.zeros((b, samples), np.int32)
+    for r, row in enumerate(rows):
+        at = 0
+        for g, s in enumerate(row):
+            n = len(s["ids"])
+            span = slice(at, at + n)
+            out["tokens"][r, span], out["segment"][r, span], out["position"][r, span] = s["ids"], g + 1, np.arange(n)
+            out["block"][r, span] = np.maximum(np.arange(n) - s["prompt"] + 1, 0)
+            noisy[r, g, : len(s["noisy"])], time[r, g], robot[r, g], chunk[r, g] = s["noisy"], s["time"], s["state"], len(s["noisy"])
+            at += n
+    rest = {f.name: None for f in dataclasses.fields(Batch)}
+    batch = Batch(**(rest | out | {"images": np.zeros((b, 1, 16, 16, 3), np.uint8), "state": robot, "chunk": chunk}))
+    return batch, jnp.asarray(noisy), jnp.asarray(time)
+
+
+def test_velocities_equal_the_reference_alone_and_packed(model):
+    """Several samples in a row, some with fewer steps, with action tokens behind their prompts that the expert must not see."""
+    cfg, w, params = model
+    rng = np.random.default_rng(1)
+    made = [sample(rng), sample(rng, prompt=9, suffix=0, steps=3), sample(rng, prompt=4, suffix=5)]
+    want = [reference(w, cfg.expert.ada, s["ids"][: s["prompt"]], s["noisy"], s["time"], s["state"]) for s in made]
+    assert min(np.abs(x).std() for x in want) > 0.1
+    for rows in ([[s] for s in made], [made]):
+        batch, noisy, time = batch_of(rows)
+        got = np.asarray(vla.flow(cfg, params, batch, noisy, time, insulated=False)[1])
+        cached = np.asarray(vla.velocity(cfg, params, vla.prefill(cfg, params, batch)[1], batch, noisy, time))
+        for i, (s, x) in enumerate(zip(made, want)):
+            r, g = (i, 0) if len(rows) > 1 else (0, i)
+            np.testing.assert_allclose(got[r, g, : len(s["noisy"])], x, atol=2e-5)  # float32 against float64
+            np.testing.assert_allclose(cached[r, g, : len(s["noisy"])], x, atol=2e-5)
+
+
+def test_the_decoder_is_as_without_an_expert(model):
+    cfg, _, params = model
+    batch, noisy, time = batch_of([[sample(np.random.default_rng(2))]])
+    hidden = vla.flow(cfg, params, batch, noisy, time, insulated=False)[0]
+    np.testing.assert_allclose(np.asarray(hidden), np.asarray(vla.apply(cfg, params, batch)), atol=1e-6)
+
+
+def test_robots_with_fewer_numbers_are_filled_up(model):
+    """A 4-dimensional robot is the 6-dimensional one whose last numbers are zero."""
+    cfg, w, params = model
+    s = sample(np.random.default_rng(3), dims=4)
+    batch, noisy, time = batch_of([[s]], dims=4)
+    got = np.asarray(vla.flow(cfg, params, batch, noisy, time, insulated=False)[1])[0, 0]
+    full = {k: np.pad(s[k], [(0, 0)] * (s[k].ndim - 1) + [(0, 2)]) for k in ("noisy", "state")}
+    want = reference(w, cfg.expert.ada, s["ids"][: s["prompt"]], full["noisy"], s["time"], full["state"])
+    np.testing.assert_allclose(got, want[:, :4], atol=2e-5)
+
+
+def test_insulation_by_gradients(model):
+    """With it the decoder gets exactly no gradient from the velocities, and the expert the same as without."""
+    cfg, _, params = model
+    batch, noisy, time = batch_of([[sample(np.random.default_rng(4)), sample(np.random.default_rng(5))]])
+    weights = jnp.asarray(np.random.default_rng(6).normal(size=noisy.shape).astype(np.float32))
+
+    def gradients(insulated):
+        loss = lambda p: (vla.flow(cfg, p, batch, noisy, time, insulated=insulated)[1] * weights).sum()
+        return tree.flatten(jax.grad(loss)(params))
+
+    free, bound = gradients(False), gradients(True)
+    for path, g in bound.items():
+        if path.startswith("expert/"):
+            np.testing.assert_allclose(np.asarray(g), np.asarray(free[path]), atol=1e-5, err_msg=path)
+        else:
+            assert not np.asarray(g).any(), path
+    reached = [p for p in free if p.startswith("llm/layers") and np.abs(np.asarray(free[p])).max() > 1e-4]
+    assert len(reached) >= 5
