@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,6 +11,12 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Many tests compile the same small step: once in a session will do, for their subprocesses too. Anew in each session.
+_compiled = tempfile.TemporaryDirectory(prefix="vla-jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 REPO = Path(__file__).resolve().parent.parent
 
 

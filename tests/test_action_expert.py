@@ -8,11 +8,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from vla_jax import sharding, tree
-from vla_jax.models import presets, pretrained, vla
+from vla_jax import config, sharding, tree
+from vla_jax.data.stream import Stream
+from vla_jax.deploy import export, policy
+from vla_jax.models import decode, presets, pretrained, vla
 from vla_jax.models.presets import Expert, Language, Vision
-from vla_jax.train import state
-from vla_jax.types import Batch
+from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
+from vla_jax.train import evaluate, loop, losses, metrics, state, step
+from vla_jax.types import Batch, UserError
 
 V, C, E = Vision(24, 1, 2, 40, 16), Language(32, 3, 4, 2, 12, 56), Expert(20, 36, False, action_dim=6)
 LENGTH, STEPS, VOCAB = 12, 5, 128
@@ -163,12 +166,13 @@ def test_velocities_equal_the_reference_alone_and_packed(model):
     made = [sample(rng), sample(rng, prompt=9, suffix=0, steps=3), sample(rng, prompt=4, suffix=5)]
     want = [reference(w, cfg.expert.ada, s["ids"][: s["prompt"]], s["noisy"], s["time"], s["state"]) for s in made]
     assert min(np.abs(x).std() for x in want) > 0.1
-    for rows in ([[s] for s in made], [made]):
+    flow = jax.jit(lambda *a: vla.flow(cfg, *a, insulated=False)[1])
+    reuse = jax.jit(lambda p, b, x, t: vla.velocity(cfg, p, vla.prefill(cfg, p, b)[1], b, x, t))
+    for rows in ([[s] for s in made], [made, [], []]):  # one shape, compiled once
         batch, noisy, time = batch_of(rows)
-        got = np.asarray(vla.flow(cfg, params, batch, noisy, time, insulated=False)[1])
-        cached = np.asarray(vla.velocity(cfg, params, vla.prefill(cfg, params, batch)[1], batch, noisy, time))
+        got, cached = np.asarray(flow(params, batch, noisy, time)), np.asarray(reuse(params, batch, noisy, time))
         for i, (s, x) in enumerate(zip(made, want)):
-            r, g = (i, 0) if len(rows) > 1 else (0, i)
+            r, g = (i, 0) if rows[1] else (0, i)
             np.testing.assert_allclose(got[r, g, : len(s["noisy"])], x, atol=2e-5)  # float32 against float64
             np.testing.assert_allclose(cached[r, g, : len(s["noisy"])], x, atol=2e-5)
 
@@ -199,7 +203,7 @@ def test_insulation_by_gradients(model):
 
     def gradients(insulated):
         loss = lambda p: (vla.flow(cfg, p, batch, noisy, time, insulated=insulated)[1] * weights).sum()
-        return tree.flatten(jax.grad(loss)(params))
+        return tree.flatten(jax.jit(jax.grad(loss))(params))
 
     free, bound = gradients(False), gradients(True)
     for path, g in bound.items():
@@ -209,3 +213,104 @@ def test_insulation_by_gradients(model):
             assert not np.asarray(g).any(), path
     reached = [p for p in free if p.startswith("llm/layers") and np.abs(np.asarray(free[p])).max() > 1e-4]
     assert len(reached) >= 5
+
+
+def test_integration_is_eulers(model):
+    """Against the reference's velocities, step by step, from the same noise; in rows of prompts of different lengths."""
+    cfg, w, params = model
+    made = [sample(np.random.default_rng(i), prompt=5 + i, suffix=0) for i in range(2)]
+    batch, _, _ = batch_of([[s] for s in made], samples=1)
+    key = jax.random.key(3)
+    got = np.asarray(decode.integrate(cfg, params, batch, key, shape=(STEPS, 6), steps=4))
+    noise = np.asarray(jax.random.normal(key, (2, 1, STEPS, 6)))[:, 0].astype(np.float64)
+    for i, s in enumerate(made):
+        x = noise[i]
+        for t in (1.0, 0.75, 0.5, 0.25):
+            x = x - reference(w, cfg.expert.ada, s["ids"], x, t, s["state"]) / 4
+        np.testing.assert_allclose(got[i], x, atol=5e-5)
+
+
+def test_flow_loss_never_touches_what_a_robot_does_not_have():
+    """Its value is numpy's mean over real numbers; its gradient is exactly zero elsewhere."""
+    rng = np.random.default_rng(0)
+    velocity, target = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    mask = np.zeros((2, 3, 4, 5), bool)
+    mask[0, 0, :3, :2], mask[0, 1], mask[1, 2, :1, :4] = True, True, True
+    loss, real = losses.flow_loss(velocity, target, mask)
+    assert np.asarray(real).tolist() == [[True, True, False], [False, False, True]]
+    for at in ((0, 0), (0, 1), (1, 2)):
+        np.testing.assert_allclose(loss[at], np.mean((velocity[at] - target[at])[mask[at]] ** 2), rtol=1e-6)
+    grad = np.asarray(jax.grad(lambda v: losses.flow_loss(v, target, mask)[0].sum())(velocity))
+    assert (grad[~mask] == 0).all() and (grad[mask] != 0).all()
+    found = losses.flow_per_dataset(loss, real, np.array([[1, 0, -1], [-1, -1, 1]]), 2)
+    np.testing.assert_allclose(found["flow_sum"], [loss[0, 1], loss[0, 0] + loss[1, 2]], rtol=1e-6)
+    np.testing.assert_allclose(found["flow_samples"], [1, 2])
+
+
+def test_times_and_noise_of_a_step():
+    """Beta(1.5, 1) between 0.001 and 1, whose mean is 0.6; a straight path, whose slope is the target."""
+    actions = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64, 2, 1)).astype(np.float32))
+    noisy, time, target = losses.draw_flow(jax.random.key(0), actions)
+    assert 0.001 <= float(time.min()) and float(time.max()) <= 1 and abs(float(time.mean()) - 0.6) < 0.01
+    at = np.asarray(time)[..., None, None]
+    noise = np.asarray(target) + np.asarray(actions)
+    np.testing.assert_allclose(np.asarray(noisy), at * noise + (1 - at) * np.asarray(actions), atol=1e-5)
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+
+FLOW = ["model.expert=tiny", "model.expert_dims=8"]
+
+
+def test_both_objectives_in_one_pass(tiny, tmp_path):
+    """Insulated: the decoder's gradient is that of the tokens alone, the expert's that of the flow alone."""
+    run = loop.prepare(tiny("train.objective=both", *FLOW), tmp_path)
+    params = vla.init(run.cfg, jax.random.key(0))
+    with Stream(run.source) as stream:
+        batch = next(stream)[0]
+
+    def gradients(objective):
+        c = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, objective=objective))
+        return tree.flatten(jax.jit(jax.grad(lambda p: step.loss_fn(p, c, run.cfg, batch, jax.random.key(1), datasets=3)[0]))(params))
+
+    tokens, flow, both = gradients("tokens"), gradients("flow"), gradients("both")
+    reached = 0
+    for path, g in both.items():
+        want = flow[path] if path.startswith("expert/") else tokens[path]
+        np.testing.assert_allclose(np.asarray(g), np.asarray(want), atol=2e-6, err_msg=path)
+        reached += not path.startswith("expert/") and np.abs(np.asarray(flow[path])).max() > 1e-6
+    assert reached > 10 and not any(np.asarray(tokens[p]).any() for p in tokens if p.startswith("expert/"))
+
+
+def test_a_run_with_both_learns_and_its_policy_acts_both_ways(tiny, tmp_path):
+    c = tiny(
+        "data.mixture=tabletop_arm",
+        "train.objective=both",
+        "train.steps=24",
+        "train.lr=5e-3",
+        "train.log_every=1",
+        "model.expert=tiny:ada",
+        "model.expert_dims=8",
+    )
+    run = loop.prepare(c, tmp_path / "run")
+    loop.train(run, quiet=True)
+    lines = [line for line in metrics.read(tmp_path / "run") if "train/loss" in line]
+    for name in run.source.names:
+        curve = [line[f"train/dataset/{name}/flow"] for line in lines if f"train/dataset/{name}/flow" in line]
+        assert np.mean(curve[-8:]) < 0.9 * np.mean(curve[:4]), name
+    found = evaluate.run(c, tmp_path / "run", frames=2)
+    assert all({"nll", "flow", "mae", "flow_mae", "baseline"} <= set(found[name]) for name in run.source.names)
+    out = export.export(tmp_path / "run", tmp_path / "out")
+    for head in ("", "tokens"):
+        for name, robot in policy.load_all(out, head=head).items():
+            ((chunk, valid),) = robot.act([TabletopEnv(name).reset(EVAL_SEED)])
+            assert robot.actor.head == (head or "flow") and valid and chunk.shape == (robot.steps, len(robot.card.action.dims))
+            assert np.isfinite(chunk).all()
+
+
+def test_refusals(tiny, tmp_path):
+    with pytest.raises(UserError, match="train.objective=flow needs an action expert"):
+        config.Config(train=config.Train(objective="flow"))
+    with pytest.raises(UserError, match="model.expert is 'huge'"):
+        loop.prepare(tiny("model.expert=huge"), tmp_path)
+    with pytest.raises(UserError, match="more than model.expert_dims 4"):
+        loop.prepare(tiny("model.expert=tiny", "model.expert_dims=4"), tmp_path)

@@ -151,7 +151,7 @@ def test_loss_does_not_reach_other_vocabulary(tiny, tmp_path):
     with Stream(run.source) as stream:
         batch = next(stream)[0]
     params = vla.init(run.cfg, jax.random.key(0))
-    loss = lambda b: step.loss_fn(params, run.cfg, b, targets=run.config.pack.targets, datasets=3)[0]
+    loss = lambda b: step.loss_fn(params, run.config, run.cfg, b, jax.random.key(0), datasets=3)[0]
     changed = dataclasses.replace(batch, target=np.where(batch.loss_weight > 0, batch.target, 5), actions=batch.actions + 1)
     assert float(loss(batch)) == float(loss(changed))
 

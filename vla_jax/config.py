@@ -73,6 +73,8 @@ class Tokens:
 class Model:
     preset: str = "debug"  # vla_jax/models/presets.py
     init: str = ""  # a folder of `vla-jax import` to begin with; empty: random weights
+    expert: str = "none"  # action expert: none | a size of models/presets.py, with :ada behind it for pi0.5's norms
+    expert_dims: int = 32  # numbers of its actions and states; robots with fewer are filled up
     dtype: str = "bfloat16"  # of activations; parameters, norms and softmax are float32
     remat: str = "none"  # none | full | dots
 
@@ -88,6 +90,9 @@ class Mesh:
 class Train:
     steps: int = 1000
     seed: int = 0
+    objective: str = "tokens"  # tokens (cross-entropy of action tokens) | flow (the expert's velocities) | both
+    insulate: bool = True  # with both: no gradient of the velocities reaches the decoder
+    flow_weight: float = 1.0  # of the flow loss beside that of the tokens
     lr: float = 3e-4
     lr_end: float = 0.1  # final learning rate as a fraction of lr (cosine)
     warmup: int = 100
@@ -154,12 +159,15 @@ class Config:
         for key, value, allowed in (
             ("data.resize", self.data.resize, ("linear", "antialias")),
             ("augment.where", self.augment.where, ("host", "device")),
+            ("train.objective", self.train.objective, ("tokens", "flow", "both")),
             ("tokens.layout", self.tokens.layout, ("native", "openpi")),
             ("tokens.action", self.tokens.action, ("fast", "bins", "quantile")),
             ("tokens.state", self.tokens.state, ("continuous", "text", "none")),
         ):
             if value not in allowed:
                 raise UserError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
+        if self.train.objective != "tokens" and self.model.expert == "none":
+            raise UserError(f"train.objective={self.train.objective} needs an action expert: set --config.model.expert")
         if self.pack.targets > self.pack.length:
             raise UserError(f"pack.targets {self.pack.targets} is above pack.length {self.pack.length}; lower --config.pack.targets")
 

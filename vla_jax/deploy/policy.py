@@ -36,12 +36,12 @@ class Policy:
     actor: Actor
 
     @classmethod
-    def load(cls, folder: str | Path, *, robot: str = "") -> Policy:
-        """`robot`: the name of a card in the export; may be left out when there is only one.
+    def load(cls, folder: str | Path, *, robot: str = "", head: str = "") -> Policy:
+        """`robot`: the name of a card in the export; may be left out when there is only one. head: see load_all.
 
         Raises: UserError for a damaged export or an unknown robot.
         """
-        found = load_all(folder)
+        found = load_all(folder, head=head)
         if not robot and len(found) == 1:
             return next(iter(found.values()))
         if robot not in found:
@@ -115,8 +115,8 @@ class Policy:
         return Request(pixels, state, prompt, self.steps, len(dims), last)
 
 
-def load_all(folder: str | Path) -> dict[str, Policy]:
-    """Every robot of an export, sharing one set of weights. Raises: UserError."""
+def load_all(folder: str | Path, *, head: str = "") -> dict[str, Policy]:
+    """Every robot of an export, sharing one set of weights. head: tokens or flow; empty: flow where that was trained. Raises: UserError."""
     body, params, folder = export.read(folder)
     config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
     words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
@@ -128,8 +128,10 @@ def load_all(folder: str | Path) -> dict[str, Policy]:
         state_dim=body["state_dim"],
         dtype=config.model.dtype,
         remat="none",
+        expert=config.model.expert,
+        expert_dims=config.model.expert_dims,
     )
-    actor, out = Actor(cfg, layout, params), {}
+    actor, out = Actor(cfg, layout, params, head=head or ("tokens" if config.train.objective == "tokens" else "flow")), {}
     for raw, numbers in zip(body["cards"], body["stats"]):
         card, s = cards.from_dict(raw, where=str(folder / "policy.json")), stats.from_json(numbers)
         out[card.name] = Policy(

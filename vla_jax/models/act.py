@@ -12,7 +12,7 @@ from vla_jax.models import decode
 from vla_jax.models.decode import GREEDY, Language, Sampling
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens.sequence import Layout, Prompt
-from vla_jax.types import PAD, Batch
+from vla_jax.types import PAD, Batch, UserError
 
 _MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are compiled
 
@@ -31,11 +31,27 @@ class Request:
 
 
 class Actor:
-    """Answers batches of requests with normalised action chunks. Compiled once per padded shape."""
+    """Answers batches of requests with normalised action chunks. Compiled once per padded shape.
 
-    def __init__(self, cfg: VLAConfig, layout: Layout, params: dict, *, sampling: Sampling = GREEDY, seed: int = 0):
+    head: tokens (the decoder's action tokens) or flow (the action expert, in `flow_steps` steps).
+    """
+
+    def __init__(
+        self,
+        cfg: VLAConfig,
+        layout: Layout,
+        params: dict,
+        *,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        head: str = "tokens",
+        flow_steps: int = 10,
+    ):
+        if head not in ("tokens", "flow") or head == "flow" and not cfg.expert:
+            raise UserError(f"head is {head!r}; this model has: tokens{', flow' if cfg.expert else ''}")
         self.cfg, self.layout, self.params = cfg, layout, params
-        self._key, self._calls = jax.random.key(seed), 0
+        self.head, self._key, self._calls = head, jax.random.key(seed), 0
+        self._integrate = jax.jit(functools.partial(decode.integrate, cfg, steps=flow_steps), static_argnames=("shape",))
         self.language = Language.of(layout)
         self._generate = jax.jit(
             functools.partial(decode.generate, cfg, language=self.language, sampling=sampling), static_argnames=("steps",)
@@ -45,10 +61,14 @@ class Actor:
         """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk). What comes back where
         they were not is as `malformed` says (tokens.actions: repair, hold, raise)."""
         rows = 1 << (len(requests) - 1).bit_length()  # few batch sizes are compiled
-        budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
-        steps = self.language.longest(int(budget.max()))
         self._calls += 1
         key = jax.random.fold_in(self._key, self._calls)
+        if self.head == "flow":
+            shape = max(r.steps for r in requests), max(r.dims for r in requests)
+            chunks = np.asarray(self._integrate(self.params, self._batch(requests, rows), key, shape=shape))
+            return [(chunks[i, : r.steps, : r.dims], True) for i, r in enumerate(requests)]
+        budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
+        steps = self.language.longest(int(budget.max()))
         ids, ended = self._generate(self.params, self._batch(requests, rows), budget=budget, steps=steps, key=key)
         out = []
         for i, r in enumerate(requests):
@@ -63,11 +83,11 @@ class Actor:
         m, size = max(len(r.images) for r in requests), self.cfg.image_size
         images = np.zeros((rows, m, size, size, 3), np.uint8)
         tokens, segment = np.full((rows, n), PAD, np.int32), np.zeros((rows, n), np.int32)
-        state = np.zeros((rows, 1, max(self.cfg.state_dim, 1)), np.float32)
+        width = self.cfg.state_dim or max(len(r.state) for r in requests)
+        state, chunk = np.zeros((rows, 1, width), np.float32), np.ones((rows, 1), np.int32)
         for i, (request, prefix) in enumerate(zip(requests, prefixes)):
             tokens[i, : len(prefix)], segment[i, : len(prefix)] = prefix, 1
-            if self.cfg.state_dim:
-                state[i, 0, : len(request.state)] = request.state
+            state[i, 0, : len(request.state)], chunk[i, 0] = request.state, request.steps
             for j, image in enumerate(request.images):
                 images[i, j] = image
         position = np.broadcast_to(np.arange(n, dtype=np.int32), (rows, n))
@@ -84,4 +104,5 @@ class Actor:
             action_mask=None,
             dataset=None,
             sample_id=None,
+            chunk=chunk,
         )

@@ -105,3 +105,16 @@ def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language
     going = lambda carry: (carry[0] < steps - 1) & jnp.any(carry[2][2] < len(closing))
     _, _, (_, _, closed), out, _ = jax.lax.while_loop(going, body, (jnp.int32(0), token, tuple(walk), out, cache))
     return out, closed >= len(closing)
+
+
+def integrate(cfg: VLAConfig, params: dict, batch: Batch, key, *, shape: tuple[int, int], steps: int):
+    """Chunks f32[b k a] by the action expert: from noise (time 1) to actions (time 0) in `steps` steps of Euler's method. The prompt is
+    read once; each step sees its keys and values. One sample per row; shape: (k, a)."""
+    _, kv = vla.prefill(cfg, params, batch)
+    noise = jax.random.normal(key, (len(batch.tokens), 1, *shape), jnp.float32)
+
+    def step(i, x):
+        time = jnp.full(x.shape[:2], 1 - i / steps, jnp.float32)
+        return x - vla.velocity(cfg, params, kv, batch, x, time) / steps
+
+    return jax.lax.fori_loop(0, steps, step, noise)[:, 0]

@@ -39,9 +39,11 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     eval_step = step.make_eval_step(config, ready.cfg, ready.mesh, place.params, datasets=len(names))
     with jax.set_mesh(ready.mesh):
         out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
-    for name, found in action_errors(ready.cfg, held_out, params, frames=frames).items():
-        found.pop("first")
-        out.setdefault(name, {}).update(found)
+    for head in ("tokens", "flow") if config.train.objective == "both" else (config.train.objective,):
+        for name, found in action_errors(ready.cfg, held_out, params, frames=frames, head=head).items():
+            found.pop("first")
+            found = found if head == "tokens" else {"flow_mae": found["mae"], "baseline": found["baseline"]}
+            out.setdefault(name, {}).update(found)
     return {"step": latest, **out}
 
 
@@ -61,12 +63,18 @@ def token_metrics(config: Config, source: Source, eval_step, params, mesh, *, ba
 
 
 def summarise(sums: dict, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """losses.per_dataset's sums -> {dataset: {nll, accuracy, targets}}, of datasets that occurred."""
-    out = {}
+    """The sums of train.losses -> {dataset: {nll, accuracy, targets, flow}}, of datasets that occurred, and as the objective has them."""
+    out: dict = {}
+    none = np.zeros(len(names))
     for i, name in enumerate(names):
-        count = float(sums["targets"][i])
-        if count:
-            out[name] = {"nll": float(sums["nll_sum"][i]) / count, "accuracy": float(sums["correct"][i]) / count, "targets": int(count)}
+        if count := float(sums.get("flow_samples", none)[i]):
+            out[name] = {"flow": float(sums["flow_sum"][i]) / count}
+        if count := float(sums.get("targets", none)[i]):
+            out[name] = out.get(name, {}) | {
+                "nll": float(sums["nll_sum"][i]) / count,
+                "accuracy": float(sums["correct"][i]) / count,
+                "targets": int(count),
+            }
     return out
 
 
@@ -82,14 +90,14 @@ def action_unigram_entropy(source: Source, *, chunks: int = 4096) -> dict[str, f
     return out
 
 
-def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, batch: int = 32) -> dict[str, dict]:
+def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, batch: int = 32, head: str = "tokens") -> dict[str, dict]:
     """Mean absolute error of generated chunks on evenly spaced frames of `source` (held out), in robot units.
 
     {dataset: {"mae": {unit: error}, "baseline": {unit: error of always giving the mean training action}, "valid": share
     of well-formed chunks, "first": (recorded, predicted) first actions of all frames, f32[frames a] each}}. Steps past an
     episode's end do not count.
     """
-    actor = Actor(cfg, source.layout, params)
+    actor = Actor(cfg, source.layout, params, head=head)
     out = {}
     for d, index in enumerate(source.indexes):
         picked = source.frames[d].spread(frames)

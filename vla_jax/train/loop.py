@@ -55,7 +55,14 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
         state_dim=source.shape[2] if source.layout.state == "continuous" else 0,
         dtype=config.model.dtype,
         remat=config.model.remat,
+        expert=config.model.expert,
+        expert_dims=config.model.expert_dims,
     )
+    if cfg.expert and max(source.shape[1:]) > cfg.expert.action_dim:
+        raise UserError(
+            f"the mixture has actions of {source.shape[1]} and states of {source.shape[2]} numbers, more than model.expert_dims "
+            f"{cfg.expert.action_dim}. Raise --config.model.expert_dims."
+        )
     distributed.agree("config", config.digest())
     distributed.agree("data", source.fingerprint())
     return Run(config, workdir, mesh, source, cfg)

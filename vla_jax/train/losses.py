@@ -37,6 +37,31 @@ def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float 
     return {"nll": join(nll), "correct": join(correct), "weight": weight, "position": position}
 
 
+def draw_flow(key, actions):
+    """Noise and time of a step: (noisy f32[b g k a], time f32[b g], target f32[b g k a]). The path runs straight from the actions
+    (time 0) to noise (time 1) and its velocity is the target; times near 1 come more often: beta(1.5, 1) (pi0)."""
+    for_noise, for_time = jax.random.split(key)
+    noise = jax.random.normal(for_noise, actions.shape, jnp.float32)
+    time = jax.random.beta(for_time, 1.5, 1.0, actions.shape[:2]) * 0.999 + 0.001
+    at = time[..., None, None]
+    return at * noise + (1 - at) * actions, time, noise - actions
+
+
+def flow_loss(velocity, target, mask) -> tuple:
+    """Mean square over the real numbers of each sample: (f32[b g], bool[b g]: samples that have any). Dimensions and steps that a robot does
+    not have, and those past its episode's end, have no part in it."""
+    error = jnp.where(mask, jnp.square(velocity - target), 0)
+    count = mask.sum(axis=(-1, -2))
+    return error.sum(axis=(-1, -2)) / jnp.maximum(count, 1), count > 0
+
+
+def flow_per_dataset(loss, real, dataset, count: int) -> dict:
+    """Sums by dataset, f32[count] each, of what `flow_loss` returns."""
+    onehot = jax.nn.one_hot(jnp.where(real, dataset, -1), count)
+    total = lambda x: jnp.einsum("bg,bgc->c", x, onehot)
+    return {"flow_sum": total(loss), "flow_samples": total(real.astype(jnp.float32))}
+
+
 def per_dataset(loss: dict, segment, dataset, count: int) -> dict:
     """Sums by dataset, f32[count] each: weighted nll, weight, unweighted nll, correct predictions and targets."""
     owner = jnp.take_along_axis(segment, loss["position"], axis=1) - 1

@@ -16,13 +16,24 @@ from vla_jax.train import losses, optim
 from vla_jax.types import Batch, TrainState
 
 
-def loss_fn(params, cfg: VLAConfig, batch: Batch, *, targets: int, datasets: int):
-    """-> (mean over samples of the mean nll of their targets, sums by dataset; see losses.per_dataset)."""
-    hidden = vla.apply(cfg, params, batch)
-    limits = {"targets": targets, "logit_cap": cfg.language.logit_cap}
-    loss = losses.token_loss(hidden, vla.embedding(params), batch.target, batch.loss_weight, **limits)
-    total = (loss["nll"] * loss["weight"]).sum() / jnp.maximum(loss["weight"].sum(), 1e-6)
-    return total, losses.per_dataset(loss, batch.segment, batch.dataset, datasets)
+def loss_fn(params, config: Config, cfg: VLAConfig, batch: Batch, key, *, datasets: int):
+    """-> (loss, sums by dataset; see losses). Of the tokens: mean over samples of the mean nll of their targets; of the flow: mean over
+    samples of the mean square error of their velocities; `train.objective` says which, or both in one pass. key: of noise and times."""
+    t, loss, sums = config.train, 0.0, {}
+    if t.objective == "tokens":
+        hidden = vla.apply(cfg, params, batch)
+    else:
+        noisy, time, target = losses.draw_flow(key, batch.actions)
+        hidden, velocity = vla.flow(cfg, params, batch, noisy, time, insulated=t.objective == "both" and t.insulate)
+        flow, real = losses.flow_loss(velocity, target, batch.action_mask)
+        loss += t.flow_weight * (flow * real).sum() / jnp.maximum(real.sum(), 1)
+        sums |= losses.flow_per_dataset(flow, real, batch.dataset, datasets)
+    if t.objective != "flow":
+        limits = {"targets": config.pack.targets, "logit_cap": cfg.language.logit_cap}
+        found = losses.token_loss(hidden, vla.embedding(params), batch.target, batch.loss_weight, **limits)
+        loss += (found["nll"] * found["weight"]).sum() / jnp.maximum(found["weight"].sum(), 1e-6)
+        sums |= losses.per_dataset(found, batch.segment, batch.dataset, datasets)
+    return loss, sums
 
 
 def make_train_step(config: Config, cfg: VLAConfig, tx: optax.GradientTransformation, mesh, where: TrainState, *, datasets: int):
@@ -32,7 +43,8 @@ def make_train_step(config: Config, cfg: VLAConfig, tx: optax.GradientTransforma
 
     def step(state: TrainState, batch: Batch):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, sums), grads = grad_fn(state.params, cfg, batch, targets=config.pack.targets, datasets=datasets)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        (loss, sums), grads = grad_fn(state.params, config, cfg, batch, key, datasets=datasets)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -58,6 +70,6 @@ def make_eval_step(config: Config, cfg: VLAConfig, mesh, where, *, datasets: int
     """-> jitted (params, batch) -> sums by dataset. `where`: the parameters' shardings."""
 
     def step(params, batch: Batch):
-        return loss_fn(params, cfg, batch, targets=config.pack.targets, datasets=datasets)[1]
+        return loss_fn(params, config, cfg, batch, jax.random.key(0), datasets=datasets)[1]  # the same noise each time
 
     return jax.jit(step, in_shardings=(where, batch_sharding(mesh)))
