@@ -93,6 +93,10 @@ class Train:
     objective: str = "tokens"  # tokens (cross-entropy of action tokens) | flow (the expert's velocities) | both
     insulate: bool = True  # with both: no gradient of the velocities reaches the decoder
     flow_weight: float = 1.0  # of the flow loss beside that of the tokens
+    lora_rank: int = 0  # adapters on the weights of lora_on are trained, and nothing else; 0: all weights are
+    lora_alpha: float = 16.0
+    lora_on: tuple[str, ...] = ("llm/layers/attn/.*", "llm/layers/mlp/.*")  # regular expressions on paths of parameters
+    freeze: tuple[str, ...] = ()  # parameters that are not trained, likewise
     lr: float = 3e-4
     lr_end: float = 0.1  # final learning rate as a fraction of lr (cosine)
     warmup: int = 100
@@ -126,6 +130,7 @@ _RANGES = {
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
     "mesh.tensor": (-1, math.inf),
+    "train.lora_rank": (0, 4096),
     "train.seed": (0, 2**31 - 1),
     "train.lr_end": (0.0, 1.0),
     "train.warmup": (0, math.inf),

@@ -24,6 +24,7 @@ FORMAT = "vla_jax.policy.1"
 
 def export(workdir: str | Path, out: str | Path, *, step: int | None = None) -> Path:
     """Writes the folder `out`, which must not hold anything yet. Raises: UserError when there is nothing to export."""
+    from vla_jax.models import lora
     from vla_jax.train.checkpoint import Checkpointer  # here, so that a robot's program loads no Orbax
 
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
@@ -36,7 +37,8 @@ def export(workdir: str | Path, out: str | Path, *, step: int | None = None) -> 
         step = checkpoints.latest() if step is None else step
         if step is None:
             raise UserError(f"{workdir}/checkpoints holds no finished checkpoint yet.")
-        meta, params = checkpoints.meta(step), checkpoints.params(step)
+        meta = checkpoints.meta(step)
+        params = lora.merge(checkpoints.params(step), meta.config["train"].get("lora_alpha", 0.0))
     finally:
         checkpoints.close()
     out.mkdir(parents=True, exist_ok=True)

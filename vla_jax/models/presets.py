@@ -47,6 +47,15 @@ class Expert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters of this rank on the weights whose path a pattern of `on` matches, times alpha / rank; see lora.py."""
+
+    rank: int
+    alpha: float
+    on: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class VLAConfig:
     vision: Vision
     language: Language
@@ -56,6 +65,7 @@ class VLAConfig:
     dtype: str
     remat: str
     expert: Expert | None = None
+    lora: Lora | None = None
 
     @property
     def tokens_per_image(self) -> int:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vla_jax.models import lora
 from vla_jax.models.action_expert import ActionExpert
 from vla_jax.models.decoder import Decoder
 from vla_jax.models.layers import cap, fan_in, weight
@@ -109,19 +110,26 @@ def _made(cfg: VLAConfig, key):
 
 def init(cfg: VLAConfig, key) -> dict:
     """Parameters, f32, as a nested dict. Pure: jit it with output shardings to create them where they belong."""
-    return nn.unbox(_made(cfg, key))
+    params = nn.unbox(_made(cfg, key))
+    return lora.init(params, jax.random.fold_in(key, 1), rank=cfg.lora.rank, patterns=cfg.lora.on) if cfg.lora else params
 
 
 def logical_axes(cfg: VLAConfig) -> dict:
     """The tree of `init` with a tuple of logical axis names (or None) for each leaf."""
     boxed = jax.eval_shape(lambda k: _made(cfg, k), jax.random.key(0))
-    return jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    axes = jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return lora.axes(axes, patterns=cfg.lora.on, shapes=nn.unbox(boxed)) if cfg.lora else axes
+
+
+def merged(cfg: VLAConfig, params: dict) -> dict:
+    """The parameters without adapters, which are added to the weights that they adapt."""
+    return lora.merge(params, cfg.lora.alpha) if cfg.lora else params
 
 
 def apply(cfg: VLAConfig, params: dict, batch):
     """types.Batch -> hidden states [b n d] after the final norm. Logits are `hidden @ embedding(params).T`."""
     args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state)
-    return _VLA(cfg).apply({"params": params}, *args, method=_VLA.hidden)
+    return _VLA(cfg).apply({"params": merged(cfg, params)}, *args, method=_VLA.hidden)
 
 
 def embedding(params: dict):
@@ -138,21 +146,21 @@ def logits(cfg: VLAConfig, params: dict, hidden):
 def flow(cfg: VLAConfig, params: dict, batch, noisy, time, *, insulated: bool):
     """types.Batch, noisy actions f32[b g k a] and their time f32[b g] (1 = noise) -> (hidden as `apply`, velocities f32[b g k a])."""
     args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state, noisy, time, batch.chunk)
-    return _VLA(cfg, keep_kv=True).apply({"params": params}, *args, insulated, method=_VLA.flow)
+    return _VLA(cfg, keep_kv=True).apply({"params": merged(cfg, params)}, *args, insulated, method=_VLA.flow)
 
 
 def velocity(cfg: VLAConfig, params: dict, kv, batch, noisy, time):
     """The same for keys and values that `prefill` made: what a step of integration needs."""
     seen, prefix = prompts(batch.segment, batch.block, noisy.shape[1])
-    return _VLA(cfg).apply({"params": params}, kv, seen, prefix, noisy, time, batch.state, batch.chunk, method=_VLA.velocity)
+    return _VLA(cfg).apply({"params": merged(cfg, params)}, kv, seen, prefix, noisy, time, batch.state, batch.chunk, method=_VLA.velocity)
 
 
 def prefill(cfg: VLAConfig, params: dict, batch):
     """Like `apply`, with the cache for `decode_step`: (k, v) each [layers b n kv hd]."""
     args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state)
-    return _VLA(cfg, keep_kv=True).apply({"params": params}, *args, method=_VLA.prefill)
+    return _VLA(cfg, keep_kv=True).apply({"params": merged(cfg, params)}, *args, method=_VLA.prefill)
 
 
 def decode_step(cfg: VLAConfig, params: dict, token, position, visible, cache, slot):
     """See `_VLA.decode_step`."""
-    return _VLA(cfg, keep_kv=True).apply({"params": params}, token, position, visible, cache, slot, method=_VLA.decode_step)
+    return _VLA(cfg, keep_kv=True).apply({"params": merged(cfg, params)}, token, position, visible, cache, slot, method=_VLA.decode_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from vla_jax.config import Config
 from vla_jax.data import feed
 from vla_jax.data.source import Source
 from vla_jax.data.stream import Stream
+from vla_jax.models import vla
 from vla_jax.models.act import Actor, Request
 from vla_jax.models.presets import VLAConfig
 from vla_jax.types import UserError
@@ -39,8 +41,9 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     eval_step = step.make_eval_step(config, ready.cfg, ready.mesh, place.params, datasets=len(names))
     with jax.set_mesh(ready.mesh):
         out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
+    plain = dataclasses.replace(ready.cfg, lora=None)
     for head in ("tokens", "flow") if config.train.objective == "both" else (config.train.objective,):
-        for name, found in action_errors(ready.cfg, held_out, params, frames=frames, head=head).items():
+        for name, found in action_errors(plain, held_out, vla.merged(ready.cfg, params), frames=frames, head=head).items():
             found.pop("first")
             found = found if head == "tokens" else {"flow_mae": found["mae"], "baseline": found["baseline"]}
             out.setdefault(name, {}).update(found)

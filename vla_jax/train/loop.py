@@ -17,8 +17,8 @@ from vla_jax.config import Config
 from vla_jax.data import feed, stats
 from vla_jax.data.source import Source, open_source
 from vla_jax.data.stream import Stream, initial_state
-from vla_jax.models import presets
-from vla_jax.models.presets import VLAConfig
+from vla_jax.models import lora, presets, vla
+from vla_jax.models.presets import Lora, VLAConfig
 from vla_jax.tokens import files
 from vla_jax.train import checkpoint, evaluate, metrics, optim, state, step
 from vla_jax.train.checkpoint import Checkpointer, Meta
@@ -58,6 +58,9 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
         expert=config.model.expert,
         expert_dims=config.model.expert_dims,
     )
+    if config.train.lora_rank:
+        cfg = dataclasses.replace(cfg, lora=Lora(config.train.lora_rank, config.train.lora_alpha, config.train.lora_on))
+    lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train.freeze)  # patterns are checked
     if cfg.expert and max(source.shape[1:]) > cfg.expert.action_dim:
         raise UserError(
             f"the mixture has actions of {source.shape[1]} and states of {source.shape[2]} numbers, more than model.expert_dims "

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from vla_jax.config import Train
+from vla_jax.models import lora
 
 
 def schedule(train: Train) -> optax.Schedule:
@@ -23,7 +24,11 @@ def make(train: Train) -> optax.GradientTransformation:
         )
         return flat
 
-    return optax.chain(
+    tx = optax.chain(
         optax.clip_by_global_norm(train.clip),
         optax.adamw(schedule(train), b1=0.9, b2=train.b2, weight_decay=train.weight_decay, mask=decayed),
     )
+    if not (train.lora_rank or train.freeze):
+        return tx
+    which = lambda params: jax.tree.map(lambda t: "train" if t else "keep", lora.trainable(params, train.freeze))
+    return optax.multi_transform({"train": tx, "keep": optax.set_to_zero()}, which)  # what is kept costs no optimizer state

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vla_jax import tree
 from vla_jax.models import presets, pretrained, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import RULES, make_mesh
@@ -29,7 +30,15 @@ def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_em
     abstract = jax.eval_shape(lambda: _init(cfg, tx, 0, with_ema))
     specs = param_shardings(cfg, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    opt = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, specs, transform_non_params=lambda _: whole)
+    shapes, places = tree.flatten(abstract.params), tree.flatten(specs)
+
+    def of_optimizer(path, leaf):
+        """By the end of its path, which names the parameter that it belongs to; a step count belongs to none."""
+        name = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey) and isinstance(k.key, str))
+        name = next((name[i:] for i in [0, *(i + 1 for i, c in enumerate(name) if c == "/")] if name[i:] in places), "")
+        return places[name] if name and leaf.shape == shapes[name].shape else whole
+
+    opt = jax.tree_util.tree_map_with_path(of_optimizer, abstract.opt_state)
     return abstract, TrainState(whole, specs, opt, specs if with_ema else None, whole)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vla_jax.config import Config
-from vla_jax.models import vla
+from vla_jax.models import lora, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import batch_sharding
 from vla_jax.train import losses, optim
@@ -20,6 +20,8 @@ def loss_fn(params, config: Config, cfg: VLAConfig, batch: Batch, key, *, datase
     """-> (loss, sums by dataset; see losses). Of the tokens: mean over samples of the mean nll of their targets; of the flow: mean over
     samples of the mean square error of their velocities; `train.objective` says which, or both in one pass. key: of noise and times."""
     t, loss, sums = config.train, 0.0, {}
+    if cfg.lora or t.freeze:  # no gradient is made of what is not trained
+        params = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), params, lora.trainable(params, t.freeze))
     if t.objective == "tokens":
         hidden = vla.apply(cfg, params, batch)
     else:

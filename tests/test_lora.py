@@ -1,0 +1,91 @@
+"""Adapters and frozen weights: only what is meant is trained, merging is exact, and they lie sharded."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vla_jax import tree
+from vla_jax.deploy import export
+from vla_jax.models import lora, vla
+from vla_jax.models.presets import Lora
+from vla_jax.train import evaluate, loop, optim, state
+from vla_jax.types import UserError
+
+ON = ("llm/layers/attn/.*", "llm/layers/mlp/.*")
+
+
+@pytest.fixture(scope="module")
+def small():
+    from test_pretrained import PRESET
+
+    from vla_jax.models import presets
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(presets.PRESETS, "small", PRESET)
+        made = presets.resolve("small", vocab=128, image_size=32, state_dim=2, dtype="float32", remat="none")
+    return dataclasses.replace(made, lora=Lora(3, 6.0, ON))
+
+
+def test_merging_adds_the_product_and_nothing_else(small):
+    plain = vla.init(dataclasses.replace(small, lora=None), jax.random.key(0))
+    params = vla.init(small, jax.random.key(0))
+    flat = tree.flatten(params)
+    assert {p for p in flat if p.startswith("lora/")} == {f"lora/{p}/{f}" for p in lora.adapted(plain, ON) for f in "ab"}
+    for path, w in tree.flatten(vla.merged(small, params)).items():  # b is zero at first
+        np.testing.assert_array_equal(np.asarray(w), np.asarray(tree.flatten(plain)[path]))
+    rng = np.random.default_rng(0)
+    flat = {p: rng.normal(size=w.shape).astype(np.float32) if p.startswith("lora/") else np.asarray(w) for p, w in flat.items()}
+    merged = tree.flatten(vla.merged(small, tree.unflatten(flat)))
+    assert "lora" not in {p.split("/")[0] for p in merged}
+    for path, w in merged.items():
+        want = flat[path].astype(np.float64)
+        if path in lora.adapted(plain, ON):
+            want = want + 2.0 * np.einsum("...ir,...ro->...io", flat[f"lora/{path}/a"].astype(np.float64), flat[f"lora/{path}/b"])
+        np.testing.assert_allclose(np.asarray(w), want, atol=1e-4)
+
+
+def test_a_run_trains_adapters_alone_and_exports_them_merged(tiny, tmp_path):
+    """Weights stay bit for bit, adapters move, the optimizer keeps nothing for the rest, factors lie as their weights do."""
+    c = tiny("train.lora_rank=2", "train.steps=3", "train.warmup=0")
+    run = loop.prepare(c, tmp_path / "run")
+    tx = optim.make(c.train)
+    before = tree.flatten(jax.tree.map(np.asarray, state.create(run.cfg, tx, run.mesh, seed=c.train.seed, with_ema=False).params))
+    after = loop.train(run, quiet=True)
+    kept = {p: np.asarray(w) for p, w in tree.flatten(after.params).items()}
+    assert {p for p, w in kept.items() if not np.array_equal(w, before[p])} == {p for p in kept if p.startswith("lora/")}
+    numbers = sum(x.size for x in jax.tree.leaves(after.opt_state))
+    adapters = sum(w.size for p, w in kept.items() if p.startswith("lora/"))
+    assert numbers < 2 * adapters + 10
+    spec = lambda p: tuple(tree.flatten(after.params)[p].sharding.spec)
+    assert "fsdp" in spec("lora/llm/layers/attn/q_einsum/w/a") and "fsdp" in spec("llm/layers/attn/q_einsum/w")
+    assert evaluate.run(c, tmp_path / "run", frames=2)["step"] == 3
+    _, exported, _ = export.read(export.export(tmp_path / "run", tmp_path / "out"))
+    for path, w in tree.flatten(vla.merged(run.cfg, after.params)).items():
+        np.testing.assert_allclose(tree.flatten(exported)[path], np.asarray(w), atol=1e-6)
+    assert "lora" not in exported
+
+
+def test_freezing_by_pattern(tiny, tmp_path):
+    run = loop.prepare(
+        dataclasses.replace(c := tiny("train.steps=1", "train.warmup=0"), train=dataclasses.replace(c.train, freeze=("img/.*",))), tmp_path
+    )
+    before = tree.flatten(
+        jax.tree.map(np.asarray, state.create(run.cfg, optim.make(run.config.train), run.mesh, seed=0, with_ema=False).params)
+    )
+    after = tree.flatten(loop.train(run, quiet=True).params)
+    for path, w in after.items():
+        assert np.array_equal(np.asarray(w), before[path]) == path.startswith("img/"), path
+
+
+def test_patterns_that_do_nothing_are_refused(tiny, tmp_path, small):
+    shapes = jax.eval_shape(lambda: vla.init(dataclasses.replace(small, lora=None), jax.random.key(0)))
+    for patterns, match in ((("llm/no/.*",), "matches none"), (("(",), "no regular expression"), ((".*",), "no matrix")):
+        with pytest.raises(UserError, match=match):
+            lora.adapted(shapes, patterns)
+        with pytest.raises(UserError, match="matches none|no regular expression|nothing to train"):
+            lora.trainable(shapes, patterns)
+    c = tiny()
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        loop.prepare(dataclasses.replace(c, train=dataclasses.replace(c.train, freeze=(".*",))), tmp_path)
