@@ -128,7 +128,7 @@ def test_ids_equal_the_processors_on_any_coefficients(request, which, seed):
     """Control characters, spaces, digits and letters of Latin, Greek, Cyrillic and Hebrew, whatever a coefficient's number stands for."""
     theirs, folder = request.getfixturevalue(which)
     ours, rng = published.load(folder), np.random.default_rng(seed)
-    able = np.unique(ours._spelling[1])  # those of the others are dropped by the processor, and here rounded to these
+    able = np.flatnonzero(ours.writable)  # those of the others are dropped by the processor, and here rounded to these
     assert able[-1] > (1000 if which == "wide" else 50)
     near, any_of = rng.integers(len(able)) + rng.integers(-2, 3, (4, 9)), rng.integers(len(able), size=(4, 9))
     chars = able[np.clip(np.where(rng.random((4, 9)) < 0.5, near, any_of), 0, len(able) - 1)]
@@ -175,16 +175,25 @@ def test_malformed_ids(processor):
         with pytest.raises(actions.MalformedTokens):
             ours.decode(bad, steps=5, dims=7, malformed="raise")
     assert np.array_equal(ours.decode(np.insert(ids, 0, -1), steps=5, dims=7)[0], good)
-    assert np.abs(good).max() < 1.6
-    by_byte = {raw: t for t, raw in enumerate(ours._bytes)}
-    if {b"\xef", b"\xbf", b"\xbd"} <= set(by_byte):
-        back, valid = ours.decode(np.insert(ids, 0, [by_byte[b"\xef"], by_byte[b"\xbf"], by_byte[b"\xbd"]]), steps=5, dims=7)
-        assert not valid and np.array_equal(back, good)  # a character that no coefficient is written as moves no robot
     both = np.arange(14).reshape(2, 7) / 20
     held, _ = ours.decode_batch([ids[:-1], ids[:0]], steps=5, dims=7, malformed="hold", last=both)
     assert np.allclose(held, np.repeat(both[:, None], 5, axis=1))
     two = np.flatnonzero([len(raw) == 1 and raw[0] >= 0xC2 for raw in ours._bytes])  # the first byte of a character, alone
     assert not ours.decode(np.insert(ids, 0, two[0]), steps=5, dims=7)[1]
+
+
+def test_a_character_beyond_all_coefficients_moves_no_robot():
+    """Three bytes are one character above U+07FF: passed over by repair, invalid, and nothing that the grammar allows."""
+    letter = {byte: char for char, byte in published._byte_alphabet().items()}
+    ours = small([letter[b] for b in range(256)], min_coef=-60)
+    ids = ours.encode(np.random.default_rng(0).uniform(-1, 1, (3, 2)))
+    good, valid = ours.decode(ids, steps=3, dims=2)
+    assert valid and np.abs(good).max() < 1.2
+    back, valid = ours.decode(np.insert(ids, 0, [0xEF, 0xBF, 0xBD]), steps=3, dims=2)
+    assert not valid and np.array_equal(back, good)
+    alone = [0xEF, 0xBF, 0xBD]  # one character, and one number wanted
+    assert not ours.decode(alone, steps=1, dims=1)[1] and not ours.grammar.accepts(alone, 1)
+    assert ours.encode_batch(np.zeros((0, 3, 2))) == []
 
 
 def test_golden_vector_as_far_as_it_goes_without_the_released_file(tmp_path):
@@ -226,7 +235,7 @@ def test_without_gpt2s_pattern_and_with_merges_as_text(processor, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     (tmp_path / "processor_config.json").write_bytes((folder / "processor_config.json").read_bytes())
     ours, other = files.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    able, rng = np.unique(ours._spelling[1]), np.random.default_rng(0)
+    able, rng = np.flatnonzero(ours.writable), np.random.default_rng(0)
     for _ in range(50):
         chars = able[rng.integers(len(able), size=(4, 9))]
         chunk = actions.dct_matrix(4).T @ ((chars + ours.min_coef) / ours.scale)
@@ -247,6 +256,8 @@ def test_vocabularies_that_no_sampler_could_finish():
         small(["AA", "A", letter[0xC2]])  # begins a character that nothing ends
     with pytest.raises(UserError, match="cannot finish"):
         small(["\u3000"])
+    with pytest.raises(UserError, match="no single bytes"):
+        small([letter[0xC2] + letter[0xA9]])
     with pytest.raises(UserError, match="stand there twice"):
         small(["A", "A"])
     assert small(["A", letter[0xC2], letter[0xA9]]).max_coef == 0xA9 - 5

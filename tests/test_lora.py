@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import tree
+from vla_jax import sharding, tree
 from vla_jax.deploy import export
-from vla_jax.models import lora, vla
+from vla_jax.models import lora, pretrained, vla
 from vla_jax.models.presets import Lora
 from vla_jax.train import evaluate, loop, optim, state
 from vla_jax.types import UserError
@@ -65,6 +65,24 @@ def test_a_run_trains_adapters_alone_and_exports_them_merged(tiny, tmp_path):
     for path, w in tree.flatten(vla.merged(run.cfg, after.params)).items():
         np.testing.assert_allclose(tree.flatten(exported)[path], np.asarray(w), atol=1e-6)
     assert "lora" not in exported
+
+
+def test_adapters_on_weights_of_others(small, tmp_path):
+    """What adapters are for: imported weights stay as they are, and adapters are new."""
+    plain = dataclasses.replace(small, lora=None, state_dim=0)
+    rng = np.random.default_rng(0)
+    weights = {
+        p: rng.normal(size=s.shape).astype(np.float32)
+        for p, s in tree.flatten(jax.eval_shape(lambda: vla.init(plain, jax.random.key(0)))).items()
+    }
+    np.savez(tmp_path / "w.npz", **weights)
+    mesh = sharding.make_mesh(2, 2, 2)
+    loaded = pretrained.load(tmp_path / "w.npz", "big_vision", small, state.param_shardings(small, mesh))
+    for path, w in tree.flatten(vla.merged(small, loaded)).items():
+        if not path.startswith("state/"):
+            np.testing.assert_array_equal(np.asarray(w), weights[path])
+    new = tree.flatten(loaded["lora"])
+    assert new and all(np.asarray(w).any() == path.endswith("/a") for path, w in new.items())
 
 
 def test_freezing_by_pattern(tiny, tmp_path):

@@ -153,6 +153,36 @@ def test_cached_greedy_decoding_equals_teacher_forcing(cfg, params):
     assert inside  # a number was left unfinished at some token
 
 
+def test_sampling_follows_temperature_and_top_k():
+    """Frequencies of 4,000 draws against the softmax of the allowed scores, within five standard errors (at most 0.04)."""
+    scores = np.array([1.0, -np.inf, 0.5, 3.0, 2.0, -np.inf], np.float32)
+    rows = jnp.asarray(np.tile(scores, (4000, 1)))
+    for sampling, kept in ((decode.Sampling(1.0), [0, 2, 3, 4]), (decode.Sampling(2.0), [0, 2, 3, 4]), (decode.Sampling(0.7, 2), [3, 4])):
+        drawn = np.bincount(np.asarray(decode._pick(rows, sampling, jax.random.key(0))), minlength=6) / 4000
+        want = np.exp(scores[kept].astype(np.float64) / sampling.temperature)
+        np.testing.assert_allclose(drawn[kept], want / want.sum(), atol=0.04)
+        assert drawn.sum() == pytest.approx(drawn[kept].sum())
+    for sampling in (decode.GREEDY, decode.Sampling(1.0, 1), decode.Sampling(1e-3)):
+        assert (np.asarray(decode._pick(rows, sampling, jax.random.key(1))) == 3).all()
+
+
+def test_sampled_answers_stay_in_the_language(cfg, params):
+    """Other draws with another key, the same with the same one, and each a complete sequence of its row's budget."""
+    rng = np.random.default_rng(4)
+    count = rng.integers(1, 4, (1, 40)).astype(np.int32)
+    count[0, 0] = 1
+    language = decode.Language(np.arange(200, 240, dtype=np.int32), np.zeros((1, 40), np.int32), count, opening=(), closing=(1,))
+    walk, budget = grammar.Grammar(language.after, count), np.array([9, 5], np.int32)
+    batch = batch_of(cfg, [[row(cfg, rng, n, prefix=n)] for n in (9, 12)], 16)
+    run = jax.jit(functools.partial(decode.generate, cfg, steps=10, language=language, sampling=decode.Sampling(5.0)))
+    made = [np.asarray(run(params, batch, budget=budget, key=jax.random.key(k))[0]) for k in (0, 0, 1)]
+    assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
+    for ids in (made[0], made[2]):
+        for i in range(2):
+            end = int(np.argmax(ids[i] == 1))
+            assert walk.accepts(ids[i, :end] - 200, int(budget[i])) and (ids[i, end:] == 1).all()
+
+
 @pytest.mark.parametrize("most", [0.0, 3.0])
 def test_chunked_loss_equals_plain_log_softmax(most):
     from vla_jax.train import losses

@@ -26,8 +26,7 @@ VISION = Vision(40, 2, 2, 72, 16)
 
 
 def config_of(kind, dtype="float32"):
-    presets.PRESETS["parity"] = (VISION, KINDS[kind])
-    return presets.resolve("parity", vocab=VOCAB, image_size=SIZE, state_dim=0, dtype=dtype, remat="none")
+    return presets.VLAConfig(VISION, KINDS[kind], 384, SIZE, 0, dtype, "none")  # the vocabulary rounded up, as presets.resolve has it
 
 
 def hf_model(kind):

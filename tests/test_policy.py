@@ -97,7 +97,7 @@ def test_what_a_caller_gets_for_a_malformed_chunk(exported, monkeypatch):
     assert not robot.act([obs])[0][1]
     with pytest.raises(actions.MalformedTokens):
         robot.act([obs], malformed="raise")
-    with pytest.raises(ValueError, match="observation lacks last_action"):
+    with pytest.raises(ValueError, match=r"last_action must be 3 finite numbers .* got \[\]"):
         robot.act([obs], malformed="hold")
     last = np.array([0.05, -7.0, 1.0])  # beyond what normalising keeps, and yet what is held
     ((chunk, valid),) = robot.act([{**obs, "last_action": last}], malformed="hold")

@@ -160,6 +160,11 @@ def test_hf_names_of_all_ages(weights, tmp_path, style):
     places = {n: f"model-0000{1 if n in half else 2}-of-00002.safetensors" for n in tensors}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     same(load(tmp_path, "hf"), weights)
+    for odd in ("{", "[]", '{"weight_map": 3}'):
+        (tmp_path / "model.safetensors.index.json").write_text(odd)
+        with pytest.raises(UserError, match="no index of safetensors"):
+            load(tmp_path, "hf")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
         load(tmp_path, "hf")
@@ -208,6 +213,12 @@ def test_rows_behind_the_text_are_new_and_alike(weights, tmp_path):
     assert np.abs(new.mean(0) - known.mean(0)).max() < 0.3 and 0.8 < new.std() / known.std() < 1.2
     again = load(tmp_path / "w.npz", "big_vision", cfg, text_vocab=300)["llm/embedder/input_embedding"]
     assert np.array_equal(table, np.asarray(again))
+    drawn = []
+    with pytest.MonkeyPatch.context() as m:  # once, though each of eight devices asks for its part
+        extended = pretrained._extended
+        m.setattr(pretrained, "_extended", lambda *a: (drawn.append(1), extended(*a))[1])
+        load(tmp_path / "w.npz", "big_vision", cfg, text_vocab=300)
+    assert drawn == [1]
     with pytest.raises(UserError, match=r"input_embedding: expected \(640, 48\), found \(384, 48\)"):
         load(tmp_path / "w.npz", "big_vision", cfg, text_vocab=500)  # more text than the file has
 
@@ -268,6 +279,21 @@ def test_no_device_holds_more_than_its_share(weights, tmp_path, monkeypatch):
     got = load(tmp_path / "w.npz", "big_vision")
     largest = max(x.addressable_shards[0].data.size for x in got.values())
     assert max(size for _, _, size in asked) == largest < max(w.size for w in weights.values())
+
+
+@pytest.mark.parametrize("kind", ["hf", "openpi"])
+def test_import_command_of_other_formats(weights, tmp_path, kind, capsys):
+    from safetensors.numpy import save_file
+
+    if kind == "hf":
+        (tmp_path / "src").mkdir()
+        save_file(named(as_hf(weights, small()), "transformers 5"), tmp_path / "src" / "model.safetensors")
+    else:
+        with ocp.PyTreeCheckpointer() as writer:
+            writer.save(tmp_path / "src" / "params", {"params": {"PaliGemma": tree.unflatten(weights)}})
+    said = ["import", str(tmp_path / "src"), f"--format={kind}", "--preset=small", "--image-size=32", f"--out={tmp_path / 'out'}"]
+    assert cli.main(said) == 0, capsys.readouterr().err
+    same(load(tmp_path / "out", "native"), weights)
 
 
 def test_import_command_and_a_run_that_begins_with_it(weights, tmp_path, tiny, capsys):

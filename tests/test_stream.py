@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_jax.data import augment, pack, source, stream
+from vla_jax.data import augment, images, pack, source, stream
 from vla_jax.data.stream import Stream, initial_state
 from vla_jax.types import IMAGE, STATE, UserError
 
@@ -227,7 +227,7 @@ def test_samples_too_long_for_a_row_are_bad_samples_too(opened, monkeypatch):
                 next(s)
 
 
-def test_samples_whose_text_is_cut_are_counted_by_dataset(opened):
+def test_samples_whose_text_is_cut_are_counted_by_dataset(opened, monkeypatch):
     """None silently, none twice, and each dataset its own."""
     layout = dataclasses.replace(opened.layout, describe=True)  # so that prompts of three lengths are there
     opened = dataclasses.replace(
@@ -249,6 +249,14 @@ def test_samples_whose_text_is_cut_are_counted_by_dataset(opened):
     with Stream(opened) as s:
         next(s)
         assert not s.truncated
+
+    def unreadable(self, item, which, out, asked=None):
+        raise images.UndecodableImage("no picture")
+
+    monkeypatch.setattr(type(cut), "pixels", unreadable)  # what is left out for its picture is not counted as cut
+    with Stream(cut) as s:
+        next(s)
+        assert sum(s.skipped.values()) and not s.truncated
 
 
 # One host as a process of its own: takes some batches from a state in a file, and writes what it saw and the state after.

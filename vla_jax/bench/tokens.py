@@ -66,7 +66,8 @@ def _shape(fitted: actions.FastTokenizer, x: np.ndarray, repeats: int) -> Iterat
         ("decode", n): lambda: fitted.decode_batch(ids, steps=steps, dims=dims)[0],
         ("decode", 1): lambda: np.stack([fitted.decode(i, steps=steps, dims=dims)[0] for i in ids]),
     }
-    compiled = bpe._compiled()
+    known = bpe._compiled
+    compiled = known()
     for engine in ["numba", "numpy"] if compiled else ["numpy"]:
         bpe._compiled = (lambda: compiled) if engine == "numba" else (lambda: None)
         try:
@@ -99,7 +100,7 @@ def _shape(fitted: actions.FastTokenizer, x: np.ndarray, repeats: int) -> Iterat
                     "identical": True,
                 }
         finally:
-            bpe._compiled = lambda: compiled
+            bpe._compiled = known
 
 
 class _Processor:

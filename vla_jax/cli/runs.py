@@ -84,7 +84,8 @@ def _export(args) -> int:
 def _import(args) -> int:
     from vla_jax import distributed
 
-    if distributed.initialize() and Path(args.out).expanduser().exists():
+    distributed.initialize()
+    if Path(args.out).expanduser().exists():
         raise UserError(f"{args.out} exists. Give a new folder.")
     from vla_jax.train import state
 

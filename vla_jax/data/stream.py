@@ -141,7 +141,8 @@ class Stream:
         there = pending.batch.dataset
         for dataset, n in enumerate(np.bincount(there[there >= 0])):
             self.drawn[self.source.names[dataset]] += int(n)
-        self.truncated.update(self.source.names[item.dataset] for row in pending.rows for item in row if item.sequence.cut)
+        cut = (item for row in pending.rows for item in row if item.sequence.cut and item.sample_id not in bad)
+        self.truncated.update(self.source.names[item.dataset] for item in cut)
         if not bad:
             return pending.batch
         for dataset, cause in bad.values():

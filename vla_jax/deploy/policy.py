@@ -16,6 +16,7 @@ from vla_jax.deploy import export
 from vla_jax.models import presets
 from vla_jax.models.act import Actor, Request
 from vla_jax.tokens import files, text
+from vla_jax.tokens.actions import MALFORMED
 from vla_jax.tokens.sequence import Embodiment, Layout
 from vla_jax.types import UserError
 
@@ -67,7 +68,11 @@ class Policy:
         observation, in robot units, repeated) or raise. Binary dimensions come back as exactly 0 or 1.
         Raises: ValueError naming what was expected; tokens.actions.MalformedTokens.
         """
-        requests = [self._request(o, needs_last=malformed == "hold") for o in observations]
+        hold = malformed == "hold"
+        if malformed not in MALFORMED:
+            raise ValueError(f"malformed is {malformed!r}; allowed: {', '.join(MALFORMED)}")
+        requests = [self._request(o) for o in observations]
+        last = [self._last_action(o) for o in observations] if hold else [None] * len(observations)
         for r, o in zip(requests, observations):
             if cut := self.layout.cut(images=len(r.images), prompt=r.prompt):
                 warnings.warn(
@@ -76,15 +81,21 @@ class Policy:
                 )
         binary = np.array([d.kind == "binary" for d in self.card.action.dims])
         out = []
-        for (chunk, valid), o in zip(self.actor(requests, malformed), observations):
-            chunk = self.action.denormalize(chunk)
-            if malformed == "hold" and not valid:  # itself, not what normalising leaves of it
-                chunk = np.broadcast_to(np.asarray(o["last_action"], np.float32), chunk.shape)
+        for (chunk, valid), held in zip(self.actor(requests, malformed="repair" if hold else malformed), last):
+            # what is held is the action itself, not what normalising leaves of it
+            chunk = np.broadcast_to(held, chunk.shape) if hold and not valid else self.action.denormalize(chunk)
             out.append((np.where(binary, chunk > 0.5, chunk).astype(np.float32), valid))
         return out
 
-    def _request(self, observation: dict, *, needs_last: bool = False) -> Request:
-        missing = [k for k in ("images", "state", "prompt", *(["last_action"] if needs_last else [])) if k not in observation]
+    def _last_action(self, observation: dict) -> np.ndarray:
+        """f32[a] in robot units."""
+        dims, last = self.card.action.dims, np.asarray(observation.get("last_action", ()), np.float32)
+        if last.shape != (len(dims),) or not np.isfinite(last).all():
+            raise ValueError(f"last_action must be {len(dims)} finite numbers ({', '.join(d.name for d in dims)}), got {last.tolist()}")
+        return last
+
+    def _request(self, observation: dict) -> Request:
+        missing = [k for k in ("images", "state", "prompt") if k not in observation]
         missing += [f"images[{v!r}]" for v in self.views if v not in observation.get("images", {})]
         if missing:
             raise ValueError(f"observation lacks {', '.join(missing)}; expected: {self.spec()}")
@@ -106,13 +117,7 @@ class Policy:
             raise ValueError(f"prompt must be text, got {observation['prompt']!r}")
         said = observation["prompt"].encode("utf-8", "replace").decode()  # half a character would end in SentencePiece
         prompt = self.layout.prompt(Embodiment(self.card.name, self.card.control_hz, self.steps, dims), said, state)
-        last = observation.get("last_action")
-        if last is not None:
-            last = np.asarray(last, np.float32)
-            if last.shape != (len(dims),) or not np.isfinite(last).all():
-                raise ValueError(f"last_action must be {len(dims)} finite numbers ({', '.join(d.name for d in dims)}), got {last.tolist()}")
-            last = self.action.normalize(last)
-        return Request(pixels, state, prompt, self.steps, len(dims), last)
+        return Request(pixels, state, prompt, self.steps, len(dims))
 
 
 def load_all(folder: str | Path, *, head: str = "") -> dict[str, Policy]:

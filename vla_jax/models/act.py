@@ -20,14 +20,13 @@ _MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are c
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One observation: images u8[h w 3] in the order of the card's views, state f32[s] normalised, the full prompt,
-    the shape (steps, dims) of the wanted chunk, and the action done last, f32[dims] normalised, if that is known."""
+    and the shape (steps, dims) of the wanted chunk."""
 
     images: list[np.ndarray]
     state: np.ndarray
     prompt: Prompt
     steps: int
     dims: int
-    last: np.ndarray | None = None
 
 
 class Actor:
@@ -57,9 +56,9 @@ class Actor:
             functools.partial(decode.generate, cfg, language=self.language, sampling=sampling), static_argnames=("steps",)
         )
 
-    def __call__(self, requests: list[Request], malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
+    def __call__(self, requests: list[Request], *, malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
         """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk). What comes back where
-        they were not is as `malformed` says (tokens.actions: repair, hold, raise)."""
+        they were not is as `malformed` says (tokens.actions: repair or raise)."""
         rows = 1 << (len(requests) - 1).bit_length()  # few batch sizes are compiled
         self._calls += 1
         key = jax.random.fold_in(self._key, self._calls)
@@ -73,7 +72,7 @@ class Actor:
         out = []
         for i, r in enumerate(requests):
             tokens = self.layout.action_tokens(np.asarray(ids[i]))
-            chunk, valid = self.layout.action.decode(tokens, steps=r.steps, dims=r.dims, malformed=malformed, last=r.last)
+            chunk, valid = self.layout.action.decode(tokens, steps=r.steps, dims=r.dims, malformed=malformed)
             out.append((chunk, valid and bool(ended[i])))
         return out
 

@@ -65,7 +65,8 @@ def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language
     First come the ids of `opening`, then action ids that the grammar allows with what is left of the row's `budget`, then, once it is
     used up exactly, those of `closing`, whose last one fills the row from there on. So every sequence that ends is well formed.
 
-    budget: i32[b], numbers of each row's chunk; key: of the draws, where sampling's temperature is above 0. Returns ids i32[b steps] and finished bool[b].
+    budget: i32[b], numbers of each row's chunk; key: of the draws, where sampling's temperature is above 0.
+    Returns ids i32[b steps] and finished bool[b].
     """
     b, n = batch.tokens.shape
     after, count, ids = jnp.asarray(language.after), jnp.asarray(language.count), jnp.asarray(language.ids)

@@ -123,7 +123,10 @@ def _hf(folder: Path, cfg: VLAConfig) -> dict[str, Leaf]:
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
         if index.is_file():
-            named = {Path(f).name for f in json.loads(index.read_text())["weight_map"].values()}  # no path leaves the folder
+            try:
+                named = {Path(f).name for f in json.loads(index.read_text())["weight_map"].values()}  # no path leaves the folder
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                raise UserError(f"{index} is no index of safetensors: {type(e).__name__}: {e}") from e
             files = [folder / f for f in sorted(named)]
     missing = [f for f in files if not f.is_file()]
     if missing or not files:
@@ -245,8 +248,8 @@ def load(source: str | Path, kind: str, cfg: VLAConfig, where: dict, *, text_voc
 
     source: a file or folder of `kind` (FORMATS); more: a second one of the same kind, so that SigLIP and Gemma may come from two.
     text_vocab: rows of the embedding that are the file's (0: all that it has); those behind them, of action tokens, are drawn with the
-    others' mean and spread. Positions of another resolution are resized. What the file cannot have, the projected state and, with `more`, the
-    projection of image tokens, is drawn too.
+    others' mean and spread. Positions of another resolution are resized. What the file cannot have is drawn, too: the projected state, adapters, an
+    expert that the file has nothing of and, with `more`, the projection of image tokens.
 
     Raises: UserError listing every leaf that is missing, superfluous or of another shape, expected against found.
     """
@@ -256,9 +259,10 @@ def load(source: str | Path, kind: str, cfg: VLAConfig, where: dict, *, text_voc
     for place in (source, *([more] if more else [])):
         found |= _open(place, kind, cfg)
     want = tree.flatten(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))
+    expert = {p for p in want if p.startswith("expert/")}
     fresh = (
-        {p for p in want if p.startswith("state/")}
-        | _new_expert(want, found)
+        {p for p in want if p.startswith(("state/", "lora/"))}
+        | (set() if expert & found.keys() else expert)
         | ({p for p in want if p.startswith("img/head/")} - found.keys() if more else set())
     )
     text_vocab = text_vocab or (found[_TABLE].shape[0] if _TABLE in found else 0)
@@ -276,16 +280,11 @@ def load(source: str | Path, kind: str, cfg: VLAConfig, where: dict, *, text_voc
     return tree.unflatten({path: out[path] for path in want})
 
 
-def _new_expert(want: dict, found: dict) -> set[str]:
-    """An expert that the file has nothing of is drawn."""
-    own = {p for p in want if p.startswith("expert/")}
-    return own if not own & found.keys() else set()
-
-
 def _fit(path: str, leaf: Leaf, shape: tuple[int, ...], text_vocab: int, seed: int) -> Leaf:
     """The leaf with more rows of the vocabulary, or positions of another grid, if that is all that differs."""
     if path == _TABLE and leaf.shape[1:] == shape[1:] and leaf.shape[0] >= text_vocab:
-        return Leaf(shape, False, lambda _: _extended(leaf.layer(0), shape[0], text_vocab, seed))
+        # once for all devices that ask for their part
+        return Leaf(shape, False, functools.lru_cache(maxsize=1)(lambda _: _extended(leaf.layer(0), shape[0], text_vocab, seed)))
     side = [round(s[1] ** 0.5) if len(s) == 3 else 0 for s in (leaf.shape, shape)]
     if path == _POSITION and leaf.shape != shape and len(leaf.shape) == 3 and leaf.shape[2] == shape[2] and side[0] ** 2 == leaf.shape[1]:
         return Leaf(shape, False, lambda _: resized(leaf.layer(0), side[1]))

@@ -159,8 +159,7 @@ class FastTokenizer:
 
     def encode_batch(self, chunks: np.ndarray) -> list[np.ndarray]:
         """[n k a] -> n times i32[t]; the same ids as `encode` chunk by chunk."""
-        chunks = np.asarray(chunks)
-        return [ids for part in _blocks(chunks) for ids in split(*self._encode(part))] if len(chunks) else split(*self._encode(chunks))
+        return [ids for part in _blocks(np.asarray(chunks)) for ids in split(*self._encode(part))]
 
     def _encode(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         whole = coefficients(chunks, self.scale)
@@ -212,11 +211,7 @@ class FastTokenizer:
                 there = spell_out(own[(own >= 0) & (own < size)], self._bpe.expanded)[:want]
                 whole[i, : len(there)] = there
         whole += self.min_coef
-        chunks = (
-            np.concatenate([restore(w, self.scale, steps, dims) for w in _blocks(whole)])
-            if n > 1
-            else restore(whole, self.scale, steps, dims)
-        )
+        chunks = np.concatenate([restore(w, self.scale, steps, dims) for w in _blocks(whole)])
         for i in np.flatnonzero(~valid).tolist():
             why = f"{int(start[i + 1] - start[i])} tokens are {int(numbers[i])} coefficients, {steps} x {dims} = {want} were expected"
             if not known[start[i] : start[i + 1]].all():
@@ -269,9 +264,9 @@ def whole_number(value) -> int:
 
 
 def _blocks(chunks: np.ndarray):
-    """Some chunks at a time."""
+    """Some chunks at a time; of none, none once."""
     step = max(1, _BLOCK // max(1, int(np.prod(chunks.shape[1:]))))
-    return (chunks[at : at + step] for at in range(0, len(chunks), step))
+    return (chunks[at : at + step] for at in range(0, max(1, len(chunks)), step))
 
 
 def fit(chunks, *, vocab_size: int, scale: float, margin: int = 2) -> FastTokenizer:

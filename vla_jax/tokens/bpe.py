@@ -10,15 +10,16 @@ import warnings
 import numpy as np
 
 _TABLE_SIZE = 4096  # up to here all pairs fit a table of 64 MiB
-_NEVER = np.int32(2**31 - 1)
+_NONE = 65535  # the rank of a pair that does not merge
 
 
 @dataclasses.dataclass(frozen=True)
 class Bpe:
     """Merges in the order they were learned: wherever `left[i] right[i]` stand side by side, `result[i]` may take their place.
 
-    size: number of ids; i32[merges] each. Vocabularies above 4,096 ids are merged by plain Python, many times more slowly. Of all merges that apply anywhere, the earliest learned is done first, and of its
-    places the leftmost (Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016).
+    size: number of ids; i32[merges] each. Of all merges that apply anywhere, the earliest learned is done first, and of its places the
+    leftmost (Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016). Vocabularies above 4,096 ids are
+    merged by plain Python, many times more slowly.
     """
 
     size: int
@@ -38,8 +39,8 @@ class Bpe:
         if small and (merge := _compiled()) is not None:
             return merge(rows, start, self.size, self.left, self.right, self.result, self._ranks)
         if small and self._ordered and len(start) > 4:
-            return _merge_rows(rows, start, self._table)
-        parts = [_merge(part.tolist(), self._rank, self.result, self.size) for part in np.split(rows, start[1:-1])]
+            return _merge_rows(rows, start, self._ranks, self.result)
+        parts = [_merge(rows[a:b].tolist(), self._rank, self.result, self.size) for a, b in zip(start, start[1:])]
         return np.array([i for part in parts for i in part], np.int32), _starts([len(part) for part in parts])
 
     @functools.cached_property
@@ -64,17 +65,9 @@ class Bpe:
         return bool((np.maximum(last[self.left], last[self.right]) < np.arange(len(self.left))).all())
 
     @functools.cached_property
-    def _table(self) -> np.ndarray:
-        """i32[size + 1, size + 1]: rank of a pair's merge in the high, its result in the low 16 bits; _NEVER if there is none."""
-        table = np.full((self.size + 1,) * 2, _NEVER, np.int32)
-        for (left, right), rank in self._rank.items():
-            table[left, right] = rank << 16 | int(self.result[rank])
-        return table
-
-    @functools.cached_property
     def _ranks(self) -> np.ndarray:
-        """u16[size + 1, size + 1]: rank of a pair's merge, or 65535."""
-        table = np.full((self.size + 1,) * 2, 65535, np.uint16)
+        """u16[size + 1, size + 1]: rank of a pair's merge, or _NONE."""
+        table = np.full((self.size + 1,) * 2, _NONE, np.uint16)
         for (left, right), rank in self._rank.items():
             table[left, right] = rank
         return table
@@ -85,7 +78,7 @@ def _compiled():
     """The compiled merge, or None where numba is not installed or does not work."""
     if importlib.util.find_spec("numba") is None:
         return None
-    one = np.zeros(2, np.int32), np.array([0, 2]), 2, *(np.array([i], np.int32) for i in (0, 0, 1)), np.full((3, 3), 65535, np.uint16)
+    one = np.zeros(2, np.int32), np.array([0, 2]), 2, *(np.array([i], np.int32) for i in (0, 0, 1)), np.full((3, 3), _NONE, np.uint16)
     for cache in (True, False):  # what is compiled is kept in a folder, if there is one
         try:
             from vla_jax.tokens import bpe_numba
@@ -127,21 +120,21 @@ def _merge(ids: list[int], ranks: dict[tuple[int, int], int], result: np.ndarray
     return [i for i in ids if i != wall]
 
 
-def _merge_rows(ids: np.ndarray, start: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _merge_rows(ids: np.ndarray, start: np.ndarray, ranks: np.ndarray, result: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`_merge` of all rows at once: in every round each row merges its own earliest learned pair, everywhere."""
-    n, wide = len(start) - 1, len(table)
-    table, wall = table.reshape(-1), wide - 1
+    n, wide = len(start) - 1, len(ranks)
+    ranks, wall = ranks.reshape(-1), wide - 1
     begin = start[:-1] + np.arange(n)  # of each row, one wall behind each
     seq = np.insert(ids, start[1:], wall)
     row = np.repeat(np.arange(n, dtype=np.int32), np.diff(start) + 1)
     while len(seq) > 1:
-        rank = table.take(seq[:-1].astype(np.int64) * wide + seq[1:])
+        rank = ranks.take(seq[:-1].astype(np.int64) * wide + seq[1:])
         best = np.minimum.reduceat(rank, np.minimum(begin, len(rank) - 1))  # the last row may be its wall alone
-        hit = np.flatnonzero(rank == np.where(best == _NEVER, -1, best).take(row[:-1]))
+        hit = np.flatnonzero((rank == best.take(row[:-1])) & (rank != _NONE))
         if not hit.size:
             break
         hit = hit[_every_other(hit)]
-        seq[hit] = rank[hit] & 0xFFFF
+        seq[hit] = result[rank[hit]]
         keep = np.ones(len(seq), bool)
         keep[hit + 1] = False
         begin = begin - np.searchsorted(hit, begin)

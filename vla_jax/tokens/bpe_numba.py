@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 _BLOCK = 16
-_NONE = np.uint16(65535)
+_NONE = np.uint16(65535)  # as bpe._NONE, of the type that compiled code compares
 
 
 def compiled(*, cache: bool):

@@ -12,8 +12,8 @@ class Grammar:
     """An automaton over a tokenizer's ids, with a budget: the numbers of a chunk (steps * dims) that are still to come.
 
     In state s (0 at first) id t may follow when `after[s, t]` is not -1 and its `count[s, t]`, with one more where it ends
-    within a number (state above 0), is not above the budget. A sequence is complete in state 0 with nothing left. In every state that can be
-    reached some id may follow or the sequence is complete, so that a sampler never gets stuck.
+    within a number (state above 0), is not above the budget. A sequence is complete in state 0 with nothing left. In every state that
+    can be reached some id may follow or the sequence is complete, so that a sampler never gets stuck.
 
     after: i32[s v], the next state or -1; count: i32[s v], numbers that t completes. One state is enough where every id stands
     for whole numbers; published FAST files have ids that end within a number.

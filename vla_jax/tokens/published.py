@@ -69,35 +69,41 @@ class PublishedFast:
         return Bpe(self.vocab_size, left.copy(), right.copy(), result.copy())
 
     @functools.cached_property
-    def _spelling(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each character 0.._LARGEST: the ids of its one or two bytes i32[c 2] (-1: none), and the nearest character that the
-        vocabulary can write at all i64[c]."""
+    def _spelling(self) -> np.ndarray:
+        """Of each character 0.._LARGEST the ids of its one or two bytes, i32[c 2]: -1 for bytes that the vocabulary lacks, and -2 behind
+        a single byte."""
         id_of_byte = np.full(256, -1)
         for char, byte in _byte_alphabet().items():
             id_of_byte[byte] = self._ids.get(char, -1)
-        spelt, able = np.full((_LARGEST + 1, 2), -1, np.int32), np.zeros(_LARGEST + 1, bool)
+        spelt = np.full((_LARGEST + 1, 2), -2, np.int32)
         for c in range(_LARGEST + 1):
-            ids = id_of_byte[list(chr(c).encode())]
-            spelt[c, : len(ids)], able[c] = ids, (ids >= 0).all()
-        writable = np.flatnonzero(able)
-        if not len(writable):
-            raise UserError("the published FAST vocabulary has no single bytes: no coefficient could be written")
-        chars = np.arange(_LARGEST + 1)
-        above = np.clip(np.searchsorted(writable, chars), 0, len(writable) - 1)
-        below = np.clip(above - 1, 0, None)
-        nearer = np.abs(writable[below] - chars) <= np.abs(writable[above] - chars)
-        return spelt, np.where(able, chars, writable[np.where(nearer, below, above)])
+            raw = list(chr(c).encode())
+            spelt[c, : len(raw)] = id_of_byte[raw]
+        return spelt
+
+    @functools.cached_property
+    def writable(self) -> np.ndarray:
+        """bool[c]: the characters, coefficients less min_coef, that the vocabulary can write."""
+        return (self._spelling != -1).all(axis=1)
+
+    @functools.cached_property
+    def _nearest(self) -> np.ndarray:
+        """i64[c]: the nearest character that can be written, the lower of two."""
+        able, chars = np.flatnonzero(self.writable), np.arange(_LARGEST + 1)
+        above = np.clip(np.searchsorted(able, chars), 0, len(able) - 1)
+        below = np.clip(np.searchsorted(able, chars, side="right") - 1, 0, None)
+        return np.where(np.abs(able[below] - chars) <= np.abs(able[above] - chars), able[below], able[above])
 
     @property
     def max_coef(self) -> int:
         """The largest coefficient that can be written."""
-        return int(self._spelling[1].max()) + self.min_coef
+        return int(np.flatnonzero(self.writable)[-1]) + self.min_coef
 
     def _chars(self, chunks: np.ndarray) -> tuple[np.ndarray, int, int]:
         """(characters i64[n, k*a] that can be written, how many coefficients were too low, too high)."""
         wanted = coefficients(chunks, self.scale) - self.min_coef
         inside = np.clip(wanted, 0, _LARGEST).astype(np.int64)
-        chars = self._spelling[1][inside]
+        chars = self._nearest[inside]
         return chars, int((wanted < chars).sum()), int((wanted > chars).sum())
 
     def clamps(self, chunks: np.ndarray) -> tuple[int, int]:
@@ -112,13 +118,13 @@ class PublishedFast:
         chars, _, _ = self._chars(chunks)
         n, numbers = chars.shape
         symbols = np.full((n * numbers, 3), -1, np.int32)  # two bytes, and a wall where a word ends
-        symbols[:, :2] = self._spelling[0][chars.reshape(-1)]
+        symbols[:, :2] = self._spelling[chars.reshape(-1)]
         if self.words:
             kinds = self._kinds[chars].view(f"<U{numbers}").reshape(-1).tolist()
-            ends = [i * numbers + m.end() - 1 for i, text in enumerate(kinds) for m in _WORDS.finditer(text.ljust(numbers, "\0"))]
+            ends = [i * numbers + m.end() - 1 for i, text in enumerate(kinds) for m in _WORDS.finditer(text)]
             symbols[ends, 2] = self.vocab_size
         used = symbols >= 0
-        start = np.concatenate([[0], np.cumsum(used.reshape(n, -1).sum(axis=1))])
+        start = np.concatenate([[0], np.cumsum(used.reshape(n, 3 * numbers).sum(axis=1))])
         return split(*self._bpe.encode(symbols[used], start))
 
     @functools.cached_property
@@ -192,6 +198,8 @@ def from_json(body: dict, where: str) -> PublishedFast:
     ends = ((g.after == 0) & (g.count == 1)).any(axis=1)  # a last number can be written, whole or from its middle on
     if not ends[0] or ((g.after == 1).any() and not ends[1]):
         raise UserError(f"{where}: its pieces cannot finish every number that they begin: a sampler would get stuck")
+    if not made.writable.any():
+        raise UserError(f"{where}: its vocabulary has no single bytes: no coefficient could be written")
     return made
 
 

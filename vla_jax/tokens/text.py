@@ -65,7 +65,7 @@ class TextTokenizer:
         room = sp.vocab_size() - SEGMENTS - 1 - max(used | set(self.encode(spoken)))
         if action_vocab > room:
             raise UserError(
-                f"{action_vocab} action ids do not fit below the last {SEGMENTS} of this text model: the {room + 1}st is in use by prompts"
+                f"{action_vocab} action ids do not fit below the last {SEGMENTS} ids of this text model: from {room} on prompts use them"
             )
 
     @property
