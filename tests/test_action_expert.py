@@ -180,8 +180,8 @@ def test_velocities_equal_the_reference_alone_and_packed(model):
 def test_the_decoder_is_as_without_an_expert(model):
     cfg, _, params = model
     batch, noisy, time = batch_of([[sample(np.random.default_rng(2))]])
-    hidden = vla.flow(cfg, params, batch, noisy, time, insulated=False)[0]
-    np.testing.assert_allclose(np.asarray(hidden), np.asarray(vla.apply(cfg, params, batch)), atol=1e-6)
+    hidden = jax.jit(lambda *a: vla.flow(cfg, *a, insulated=False)[0])(params, batch, noisy, time)
+    np.testing.assert_allclose(np.asarray(hidden), np.asarray(jax.jit(lambda *a: vla.apply(cfg, *a))(params, batch)), atol=1e-6)
 
 
 def test_robots_with_fewer_numbers_are_filled_up(model):
@@ -264,7 +264,7 @@ FLOW = ["model.expert=tiny", "model.expert_dims=8"]
 def test_both_objectives_in_one_pass(tiny, tmp_path):
     """Insulated: the decoder's gradient is that of the tokens alone, the expert's that of the flow alone."""
     run = loop.prepare(tiny("train.objective=both", *FLOW), tmp_path)
-    params = vla.init(run.cfg, jax.random.key(0))
+    params = jax.jit(vla.init, static_argnums=0)(run.cfg, jax.random.key(0))
     with Stream(run.source) as stream:
         batch = next(stream)[0]
 

@@ -29,8 +29,8 @@ def small():
 
 
 def test_merging_adds_the_product_and_nothing_else(small):
-    plain = vla.init(dataclasses.replace(small, lora=None), jax.random.key(0))
-    params = vla.init(small, jax.random.key(0))
+    made = jax.jit(vla.init, static_argnums=0)
+    plain, params = made(dataclasses.replace(small, lora=None), jax.random.key(0)), made(small, jax.random.key(0))
     flat = tree.flatten(params)
     assert {p for p in flat if p.startswith("lora/")} == {f"lora/{p}/{f}" for p in lora.adapted(plain, ON) for f in "ab"}
     for path, w in tree.flatten(vla.merged(small, params)).items():  # b is zero at first

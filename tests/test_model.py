@@ -24,7 +24,7 @@ def cfg():
 
 @pytest.fixture(scope="module")
 def params(cfg):
-    return vla.init(cfg, jax.random.key(0))
+    return jax.jit(vla.init, static_argnums=0)(cfg, jax.random.key(0))
 
 
 def test_3b_is_paligemma_by_name_shape_and_count():

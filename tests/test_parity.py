@@ -120,7 +120,8 @@ def theirs(sample, pad=0):
 
 
 def logits(cfg, params, batch):
-    return np.asarray(vla.logits(cfg, params, vla.apply(cfg, params, batch)), np.float32)[..., :VOCAB]
+    made = jax.jit(lambda p, b: vla.logits(cfg, p, vla.apply(cfg, p, b)))
+    return np.asarray(made(params, batch), np.float32)[..., :VOCAB]
 
 
 def test_logits_equal_packed_and_padded(pair):
@@ -173,7 +174,7 @@ def test_gradients_of_a_step_equal_torchs(pair):
         z = vla.logits(cfg, params, vla.apply(cfg, params, batch))[0, n - suffix - 1 : n - 1, :VOCAB]
         return -jnp.take_along_axis(jax.nn.log_softmax(z), jnp.asarray(sample[2])[:, None], axis=1).mean()
 
-    mine = tree.flatten(jax.grad(loss)(params))
+    mine = tree.flatten(jax.jit(jax.grad(loss))(params))
     canonical = {pretrained._canonical(name): g for name, g in grads.items()}
     for path, (names, make) in pretrained._hf_map(cfg).items():
         depth = mine[path].shape[0] if "{}" in names[0] else 1
