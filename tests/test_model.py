@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from vla_jax import tree
+from vla_jax import sharding, tree
 from vla_jax.data import feed
-from vla_jax.models import decode, presets, vla
+from vla_jax.models import decode, incremental, presets, vla
 from vla_jax.tokens import grammar
 from vla_jax.types import Batch, UserError
 
@@ -46,6 +47,18 @@ def test_3b_is_paligemma_by_name_shape_and_count():
         "llm/layers/mlp/linear": (18, 16384, 2048),
     }
     assert {k: leaves[k].shape for k in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "language, published",
+    [("gemma_2b", 2_506_172_416), ("gemma_7b", 8_537_680_896), ("gemma2_2b", 2_614_341_888), ("gemma2_9b", 9_241_705_984)],
+)
+def test_decoders_have_the_published_number_of_parameters(language, published):
+    """With their vocabulary of 256,000; any encoder goes with any decoder."""
+    cfg = presets.resolve(f"b16+{language}", vocab=256_000, image_size=224, state_dim=0, dtype="bfloat16", remat="full")
+    leaves = tree.flatten(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))
+    assert sum(x.size for p, x in leaves.items() if p.startswith("llm/")) == published
+    assert leaves["img/head/kernel"].shape == (768, presets.LANGUAGES[language].width)
 
 
 def test_every_leaf_has_logical_axes(cfg, params):
@@ -113,44 +126,123 @@ def test_image_and_state_reach_the_output(cfg, params):
     assert np.abs(run(255 - image, state) - base).max() > 1e-3 and np.abs(run(image, state + 1) - base).max() > 1e-3
 
 
-def test_cached_greedy_decoding_equals_teacher_forcing(cfg, params):
-    """Rows of different prefix lengths: each generated token is the argmax of a full forward pass over what precedes it."""
-    # sharp attention, so that a position that is off by one changes what is chosen
-    params = jax.tree_util.tree_map_with_path(lambda path, p: p * 12 if "q_einsum" in jax.tree_util.keystr(path) else p, params)
-    rng = np.random.default_rng(3)
-    # action ids in descending order, some of which end within a number, and words before and behind: all that a layout may ask for
+def odd_language(rng):
+    """Action ids in descending order, some of which end within a number, and words before and behind: all that a layout may ask for."""
     count = rng.integers(0, 3, (2, 80)).astype(np.int32)
     after = rng.choice(np.array([-1, 0, 1, 1, 1], np.int32), (2, 80))
     after[:, 0], count[:, 0] = 0, 1  # any budget can be used up
     count[(count == 0) & ((after == 0) | (np.arange(2)[:, None] == 1))] = 1  # and each id leads on
-    language = decode.Language(np.arange(280, 200, -1, dtype=np.int32), after, count, opening=(5, 9), closing=(7, 1))
-    walk = grammar.Grammar(after, count)
-    # ids that begin a number without ending it are the likeliest, so that they are chosen wherever they are allowed, and only there
+    return decode.Language(np.arange(280, 200, -1, dtype=np.int32), after, count, opening=(5, 9), closing=(7, 1))
+
+
+def sharpened(params, language):
+    """Sharp attention, so that a position that is off by one changes what is chosen; ids that begin a number without ending it are the
+    likeliest, so that they are chosen wherever they are allowed, and only there."""
+    params = jax.tree_util.tree_map_with_path(lambda path, p: p * 12 if "q_einsum" in jax.tree_util.keystr(path) else p, params)
     table = params["llm"]["embedder"]["input_embedding"]
-    params["llm"]["embedder"]["input_embedding"] = table.at[language.ids[(after[0] == 1)]].multiply(4.0)
-    prefixes = [row(cfg, rng, n, prefix=n) for n in (9, 13, 11)]
-    budget = np.array([10, 7, 4], np.int32)
-    batch = batch_of(cfg, [[p] for p in prefixes], 16)
-    ids, ended = decode.generate(cfg, params, batch, steps=language.longest(10), language=language, budget=budget)
-    table, inside, apply = np.asarray(vla.embedding(params)), 0, jax.jit(functools.partial(vla.apply, cfg))
+    params["llm"]["embedder"]["input_embedding"] = table.at[language.ids[(language.after[0] == 1)]].multiply(4.0)
+    return params
+
+
+def teacher_forced(cfg, params, language, sample, made, budget):
+    """Checks that each generated token is the argmax, among what the grammar allows, of a full forward pass over what precedes it.
+    Returns how often that was within a number."""
+    tokens, block, image, robot = sample
+    walk, table, apply = grammar.Grammar(language.after, language.count), np.asarray(vla.embedding(params)), jitted(cfg)
+    assert made[:2].tolist() == [5, 9]
+    left, at, inside = budget, 0, 0
+    for t, token in enumerate(made[2:], 2):
+        if left == 0 and at == 0:
+            assert made[t : t + 2].tolist() == [7, 1] and (made[t + 1 :] == 1).all()
+            break
+        seen = np.concatenate([tokens, made[:t]]).astype(np.int32)
+        blocks = np.concatenate([block, np.arange(1, t + 1)]).astype(np.int32)
+        h = np.asarray(apply(params, batch_of(cfg, [[(seen, blocks, image, robot)]], 64)))[0, len(seen) - 1]
+        scores = np.where(walk.allowed(at, left), h @ table[language.ids].T, -np.inf)
+        chosen = int(280 - token)
+        assert chosen == scores.argmax() or scores.max() - scores[chosen] < 1e-4
+        at, left = int(language.after[at, chosen]), left - int(language.count[at, chosen])
+        inside += at
+    assert (left, at) == (0, 0)
+    return inside
+
+
+@functools.lru_cache
+def jitted(cfg):
+    return jax.jit(functools.partial(vla.apply, cfg))
+
+
+@pytest.mark.parametrize("how", ["padded", "packed", "packed with answers"])
+def test_cached_greedy_decoding_equals_teacher_forcing(cfg, params, how):
+    """Prompts of different lengths, a row each or several in a row, also such that hold an answer already, which must not be seen."""
+    rng = np.random.default_rng(3)
+    language = odd_language(rng)
+    params = sharpened(params, language)
+    samples = [row(cfg, rng, n, prefix=n) for n in (9, 13, 11, 10, 17)]
+    budgets = [10, 7, 4, 9, 1]
+    if how == "padded":
+        batch, place = batch_of(cfg, [[s] for s in samples], 20), [(i, 0) for i in range(5)]
+    else:
+        given = samples
+        if how == "packed with answers":
+            answer = [rng.integers(200, 280, n).astype(np.int32) for n in (3, 0, 6, 1, 2)]
+            given = [(np.concatenate([t, a]), np.concatenate([b, 1 + np.arange(len(a))]), i, s) for (t, b, i, s), a in zip(samples, answer)]
+        batch, place = batch_of(cfg, [given[:3], given[3:]], 48), [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    budget = np.zeros((len(batch.tokens), 1 if how == "padded" else 3), np.int32)  # the second packed row holds no third sample
+    for (r, g), n in zip(place, budgets):
+        budget[r, g] = n
+    run = jax.jit(functools.partial(decode.generate, cfg, steps=language.longest(10), language=language))
+    ids, ended = run(params, batch, budget=budget)
     assert np.asarray(ended).all()
-    for i, (tokens, block, image, state) in enumerate(prefixes):
-        made, left, at = np.asarray(ids[i]), int(budget[i]), 0
-        assert made[:2].tolist() == [5, 9]
-        for t, token in enumerate(made[2:], 2):
-            if left == 0 and at == 0:
-                assert made[t : t + 2].tolist() == [7, 1] and (made[t + 1 :] == 1).all()
-                break
-            seen = np.concatenate([tokens, made[:t]]).astype(np.int32)
-            blocks = np.concatenate([block, np.arange(1, t + 1)]).astype(np.int32)
-            h = np.asarray(apply(params, batch_of(cfg, [[(seen, blocks, image, state)]], 64)))[0, len(seen) - 1]
-            scores = np.where(walk.allowed(at, left), h @ table[language.ids].T, -np.inf)
-            chosen = int(280 - token)
-            assert chosen == scores.argmax() or scores.max() - scores[chosen] < 1e-4
-            at, left = int(after[at, chosen]), left - int(count[at, chosen])
-            inside += at
-        assert (left, at) == (0, 0)
-    assert inside  # a number was left unfinished at some token
+    checked = [teacher_forced(cfg, params, language, s, np.asarray(ids[at]), n) for s, at, n in zip(samples, place, budgets)]
+    assert sum(checked)  # a number was left unfinished at some token
+
+
+def test_gemma_2_and_groups_decode_alike(params):
+    """Caps, norms behind and two key/value heads, in the decoder's own layout of weights."""
+    language = presets.Language(32, 2, 4, 2, 16, 64, post_norms=True, attn_cap=4.0, logit_cap=3.0)
+    cfg = presets.VLAConfig(presets.PRESETS["tiny"][0], language, 384, 32, 3, "float32", "none")
+    params = jax.jit(vla.init, static_argnums=0)(cfg, jax.random.key(1))
+    rng = np.random.default_rng(5)
+    spoken = odd_language(rng)
+    params = sharpened(params, spoken)
+    samples = [row(cfg, rng, n, prefix=n) for n in (12, 9)]
+    run = jax.jit(functools.partial(decode.generate, cfg, steps=spoken.longest(8), language=spoken))
+    ids, ended = run(params, batch_of(cfg, [samples], 32), budget=np.array([[8, 6]], np.int32))
+    assert np.asarray(ended).all()
+    for g, (s, n) in enumerate(zip(samples, (8, 6))):
+        teacher_forced(cfg, params, spoken, s, np.asarray(ids[0, g]), n)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])
+def test_sharded_decoding_says_the_same(cfg, params, sizes):
+    """Weights, rows and heads over eight devices: the same ids, and no device holds a whole matrix where the mesh divides it."""
+    rng = np.random.default_rng(6)
+    language = odd_language(rng)
+    params = sharpened(params, language)
+    samples = [row(cfg, rng, n, prefix=n) for n in (9, 13, 11, 10, 17, 12, 9, 15)]
+    batch, budget = batch_of(cfg, [[s] for s in samples], 20), np.arange(2, 10, dtype=np.int32)[:, None]
+    run = jax.jit(functools.partial(decode.generate, cfg, steps=language.longest(9), language=language))
+    want, _ = run(params, batch, budget=budget)
+    mesh = sharding.make_mesh(*sizes)
+    where = jax.tree.map(lambda p, a: NamedSharding(mesh, sharding.RULES.spec(a, p.shape, mesh)), params, vla.logical_axes(cfg))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, where)
+        layers = jax.jit(functools.partial(incremental.prepare, cfg))(placed)
+        got, ended = run(placed, jax.device_put(batch, sharding.batch_sharding(mesh)), budget=budget, layers=layers)
+    assert np.asarray(ended).all() and np.array_equal(got, want)
+    divided = sizes[1] * sizes[2] > 1
+    assert all(layers[0][name].sharding.is_fully_replicated != divided for name in ("up", "gate", "down"))
+
+
+def test_cast_parameters_give_the_very_same(params, cfg):
+    """In bfloat16: what a forward pass makes of float32 parameters and of those cast beforehand, bit for bit."""
+    half = dataclasses.replace(cfg, dtype="bfloat16")
+    cast = vla.cast(half, params)
+    assert sum(x.nbytes for x in jax.tree.leaves(cast)) < 0.6 * sum(x.nbytes for x in jax.tree.leaves(params))
+    batch = batch_of(cfg, [[row(cfg, np.random.default_rng(7), 14, prefix=9)]], 20)
+    want, got = (np.asarray(jitted(half)(p, batch), np.float32) for p in (params, cast))
+    assert np.array_equal(want, got) and np.abs(want).max() > 0.1
 
 
 def test_sampling_follows_temperature_and_top_k():
@@ -175,7 +267,7 @@ def test_sampled_answers_stay_in_the_language(cfg, params):
     walk, budget = grammar.Grammar(language.after, count), np.array([9, 5], np.int32)
     batch = batch_of(cfg, [[row(cfg, rng, n, prefix=n)] for n in (9, 12)], 16)
     run = jax.jit(functools.partial(decode.generate, cfg, steps=10, language=language, sampling=decode.Sampling(5.0)))
-    made = [np.asarray(run(params, batch, budget=budget, key=jax.random.key(k))[0]) for k in (0, 0, 1)]
+    made = [np.asarray(run(params, batch, budget=budget[:, None], key=jax.random.key(k))[0])[:, 0] for k in (0, 0, 1)]
     assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
     for ids in (made[0], made[2]):
         for i in range(2):
@@ -204,3 +296,5 @@ def test_chunked_loss_equals_plain_log_softmax(most):
 def test_image_size_must_fit_the_patch():
     with pytest.raises(UserError, match="image_size 50 is not a multiple of the patch size 8 of preset debug. Nearest: 48"):
         presets.tokens_per_image("debug", 50)
+    with pytest.raises(UserError, match=r"'b16\+gemma_3b'; there are: tiny.*so400m_14.*\+gemma_2b"):
+        presets.parts("b16+gemma_3b")

@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vla_jax import cli, sharding, tree
 from vla_jax.models import presets, pretrained, vla
@@ -269,16 +271,21 @@ def test_files_that_do_not_fit(weights, tmp_path):
             load(tmp_path / place, kind)
 
 
-def test_no_device_holds_more_than_its_share(weights, tmp_path, monkeypatch):
-    """What is asked of a leaf is one device's part of it."""
-    np.savez(tmp_path / "w.npz", **weights)
-    asked, part = [], pretrained.Leaf.part
-    monkeypatch.setattr(
-        pretrained.Leaf, "part", lambda self, index: (asked.append((self.shape, made := part(self, index), made.size)), made)[1]
-    )
-    got = load(tmp_path / "w.npz", "big_vision")
-    largest = max(x.addressable_shards[0].data.size for x in got.values())
-    assert max(size for _, _, size in asked) == largest < max(w.size for w in weights.values())
+@pytest.mark.parametrize("stacked", [True, False])
+def test_each_layer_is_read_once_and_no_device_holds_more_than_its_share(stacked):
+    """However a leaf is divided, over its layers too, and over devices that hold the same part."""
+    whole = np.random.default_rng(0).normal(size=(4, 8, 6)).astype(np.float32)
+    read = []
+    leaf = pretrained.Leaf(whole.shape, stacked, lambda i: (read.append(i), whole[i] if stacked else whole)[1])
+    mesh = sharding.make_mesh(2, 2, 2)
+    for spec in (P(None, "fsdp", "tensor"), P("data", ("fsdp", "tensor")), P(), P("tensor")):
+        read.clear()
+        got = leaf.placed(NamedSharding(mesh, spec))
+        assert sorted(read) == ([0, 1, 2, 3] if stacked else [0])
+        assert np.array_equal(got, whole) and got.sharding.spec == spec
+        assert {x.data.size for x in got.addressable_shards} == {
+            whole.size // np.prod([2 for axis in "data fsdp tensor".split() if axis in str(spec)], dtype=int)
+        }
 
 
 @pytest.mark.parametrize("kind", ["hf", "openpi"])

@@ -77,6 +77,7 @@ class Model:
     expert_dims: int = 32  # numbers of its actions and states; robots with fewer are filled up
     dtype: str = "bfloat16"  # of activations; parameters, norms and softmax are float32
     remat: str = "none"  # none | full | dots
+    attention: str = "auto"  # auto | xla | cudnn (GPU) | splash (TPU)
 
 
 @dataclasses.dataclass(frozen=True)

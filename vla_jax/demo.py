@@ -45,7 +45,7 @@ def main(workdir: Path, *, steps: int | None, episodes: int, trials: int) -> int
 
     _say(began, "held-out episodes")
     held_out = run.source.held_out()
-    errors = evaluate.action_errors(run.cfg, held_out, state.params, frames=64)
+    errors = evaluate.action_errors(run.cfg, held_out, state.params, frames=64, mesh=run.mesh)
     shutil.rmtree(workdir / "export", ignore_errors=True)
     exported = export.export(workdir / "run", workdir / "export")
     _say(began, f"exported to {exported}; closed loop, {trials} scenes per robot never seen")

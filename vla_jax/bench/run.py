@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from vla_jax import __version__
 
@@ -36,6 +37,34 @@ def tokens(*, repeats: int) -> Iterator[dict]:
 
     for line in measured.run(repeats=repeats):
         yield {"bench": "tokens", **line, "repeats": repeats, **stamp()}
+
+
+def decode(*, repeats: int, **options) -> Iterator[dict]:
+    """Decoding against the bound of memory; options as `bench.decode.run` takes them. Yields results as they come. Raises: UserError."""
+    from vla_jax.bench import decode as measured
+
+    for line in measured.run(repeats=repeats, **options):
+        yield {"bench": "decode", **line, "repeats": repeats, **stamp()}
+
+
+def attention(*, repeats: int) -> Iterator[dict]:
+    """Attention's kernels beside plain XLA. Yields results as they come."""
+    from vla_jax.bench import attention as measured
+
+    for line in measured.run(repeats=repeats):
+        yield {"bench": "attention", **line, "repeats": repeats, **stamp()}
+
+
+def seconds(repeats: int, call, *args) -> float:
+    """What call(*args) takes, its results waited for: the median, after one call that compiles."""
+    import jax
+
+    times = []
+    for _ in range(repeats + 1):
+        before = time.perf_counter()
+        jax.block_until_ready(call(*args))
+        times.append(time.perf_counter() - before)
+    return median(times[1:])
 
 
 def stamp() -> dict:

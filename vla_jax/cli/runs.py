@@ -47,7 +47,14 @@ def add(commands) -> None:
     data.add_argument("--frames", type=positive, default=0, help="smaller sets, to try it out")
     step = command(bench, "step", _bench_step, "model FLOP/s of a config's training step", takes_config=True)
     tokens = command(bench, "tokens", _bench_tokens, "chunks a second of the action tokenizers, beside HF's `tokenizers`")
-    for p in (data, step, tokens):
+    decode = command(bench, "decode", _bench_decode, "one more token of a decoder, against the bound of memory")
+    decode.add_argument("--preset", default="3b", help="the model (default: 3b)")
+    decode.add_argument("--dtype", default="bfloat16", help="of weights and activations (default: bfloat16)")
+    decode.add_argument("--rows", type=counts, default=(1, 8), metavar="N,M", help="robots asked for at once (default: 1,8)")
+    decode.add_argument("--prompt", type=positive, default=640, help="tokens of the prompt, 256 of them an image (default: 640)")
+    decode.add_argument("--tokens", type=positive, default=72, help="decoded tokens (default: 72)")
+    attention = command(bench, "attention", _bench_attention, "this device's attention kernels, beside plain XLA")
+    for p in (data, step, tokens, decode, attention):
         p.add_argument("--repeats", type=positive, default=5)
         p.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
 
@@ -134,6 +141,23 @@ def _bench_tokens(args) -> int:
         _show(line, args.out)
         lines.append(line)
     print(tokens.table(lines), file=sys.stderr)
+    return 0
+
+
+def _bench_decode(args) -> int:
+    from vla_jax.bench import run
+
+    shape = {"preset": args.preset, "dtype": args.dtype, "rows": args.rows, "prompt": args.prompt, "tokens": args.tokens}
+    for line in run.decode(repeats=args.repeats, **shape):
+        _show(line, args.out)
+    return 0
+
+
+def _bench_attention(args) -> int:
+    from vla_jax.bench import run
+
+    for line in run.attention(repeats=args.repeats):
+        _show(line, args.out)
     return 0
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from vla_jax.models import decode
+from vla_jax.models import decode, incremental, vla
 from vla_jax.models.decode import GREEDY, Language, Sampling
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens.sequence import Layout, Prompt
@@ -32,7 +34,8 @@ class Request:
 class Actor:
     """Answers batches of requests with normalised action chunks. Compiled once per padded shape.
 
-    head: tokens (the decoder's action tokens) or flow (the action expert, in `flow_steps` steps).
+    head: tokens (the decoder's action tokens) or flow (the action expert, in `flow_steps` steps). mesh: of the devices over which
+    `params` lie divided; every process of it then makes the same calls.
     """
 
     def __init__(
@@ -45,16 +48,21 @@ class Actor:
         seed: int = 0,
         head: str = "tokens",
         flow_steps: int = 10,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         if head not in ("tokens", "flow") or head == "flow" and not cfg.expert:
             raise UserError(f"head is {head!r}; this model has: tokens{', flow' if cfg.expert else ''}")
-        self.cfg, self.layout, self.params = cfg, layout, params
+        self.cfg, self.layout, self.mesh = cfg, layout, mesh
         self.head, self._key, self._calls = head, jax.random.key(seed), 0
-        self._integrate = jax.jit(functools.partial(decode.integrate, cfg, steps=flow_steps), static_argnames=("shape",))
         self.language = Language.of(layout)
-        self._generate = jax.jit(
-            functools.partial(decode.generate, cfg, language=self.language, sampling=sampling), static_argnames=("steps",)
-        )
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())  # answers, on every process
+        integrate = functools.partial(decode.integrate, cfg, steps=flow_steps)
+        self._integrate = jax.jit(integrate, static_argnames=("shape",), out_shardings=whole)
+        generate = functools.partial(decode.generate, cfg, language=self.language, sampling=sampling)
+        self._generate = jax.jit(generate, static_argnames=("steps",), out_shardings=whole)
+        with self._placed():
+            self.params = jax.jit(functools.partial(vla.cast, cfg))(params)
+            self._layers = jax.jit(functools.partial(incremental.prepare, cfg))(self.params) if head == "tokens" else None
 
     def __call__(self, requests: list[Request], *, malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
         """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk). What comes back where
@@ -64,17 +72,23 @@ class Actor:
         key = jax.random.fold_in(self._key, self._calls)
         if self.head == "flow":
             shape = max(r.steps for r in requests), max(r.dims for r in requests)
-            chunks = np.asarray(self._integrate(self.params, self._batch(requests, rows), key, shape=shape))
+            with self._placed():
+                chunks = np.asarray(self._integrate(self.params, self._batch(requests, rows), key, shape=shape))
             return [(chunks[i, : r.steps, : r.dims], True) for i, r in enumerate(requests)]
         budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
         steps = self.language.longest(int(budget.max()))
-        ids, ended = self._generate(self.params, self._batch(requests, rows), budget=budget, steps=steps, key=key)
+        with self._placed():
+            batch = self._batch(requests, rows)
+            ids, ended = self._generate(self.params, batch, budget=budget[:, None], steps=steps, key=key, layers=self._layers)
         out = []
         for i, r in enumerate(requests):
-            tokens = self.layout.action_tokens(np.asarray(ids[i]))
+            tokens = self.layout.action_tokens(np.asarray(ids[i, 0]))
             chunk, valid = self.layout.action.decode(tokens, steps=r.steps, dims=r.dims, malformed=malformed)
-            out.append((chunk, valid and bool(ended[i])))
+            out.append((chunk, valid and bool(ended[i, 0])))
         return out
+
+    def _placed(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _batch(self, requests: list[Request], rows: int) -> Batch:
         prefixes = [self.layout.prefix(images=len(r.images), prompt=r.prompt) for r in requests]

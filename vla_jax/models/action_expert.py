@@ -53,7 +53,7 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x, before, position, mask, condition):
         y, gate = _Norm(name="pre_attention_norm")(x, condition)
-        x = x + Attention(self.cfg, name="attn")(y, None, position, mask, 0, before)[0] * gate
+        x = x + Attention(self.cfg, name="attn")(y, position, mask, before)[0] * gate
         y, gate = _Norm(name="pre_ffw_norm")(x, condition)
         return x + Mlp(self.cfg, name="mlp")(y) * gate, None
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.models import vla
-from vla_jax.models.layers import cap
+from vla_jax.models import incremental, vla
+from vla_jax.models.layers import cap, rms
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens.sequence import Layout
 from vla_jax.types import Batch
@@ -49,38 +49,54 @@ GREEDY = Sampling()
 
 
 def _pick(scores, sampling: Sampling, key):
-    """i32[b] of scores f32[b v], which are -inf where a token is not allowed."""
+    """i32[..] of scores f32[.. v], which are -inf where a token is not allowed."""
     if not sampling.temperature:
         return jnp.argmax(scores, axis=-1)
     if sampling.top_k:
-        least = jax.lax.top_k(scores, min(sampling.top_k, scores.shape[-1]))[0][:, -1:]
+        least = jax.lax.top_k(scores, min(sampling.top_k, scores.shape[-1]))[0][..., -1:]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
     return jax.random.categorical(key, scores / sampling.temperature, axis=-1)
 
 
-def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language: Language, budget, sampling: Sampling = GREEDY, key=None):
-    """Decoding within the action language. One sample per row, its prefix at the row's start, then padding. Only the rows of the
-    embedding that belong to action tokens are scored, never the whole vocabulary.
+def generate(
+    cfg: VLAConfig,
+    params: dict,
+    batch: Batch,
+    *,
+    steps: int,
+    language: Language,
+    budget,
+    sampling: Sampling = GREEDY,
+    key=None,
+    layers: list[dict] | None = None,
+):
+    """Decoding within the action language, for every sample of every row at once. Only the prompts of `batch` are looked at (what a
+    sample says behind its prompt is neither seen nor needed), and only the rows of the embedding that belong to action tokens are
+    scored, never the whole vocabulary.
 
-    First come the ids of `opening`, then action ids that the grammar allows with what is left of the row's `budget`, then, once it is
-    used up exactly, those of `closing`, whose last one fills the row from there on. So every sequence that ends is well formed.
+    First come the ids of `opening`, then action ids that the grammar allows with what is left of the sample's `budget`, then, once it
+    is used up exactly, those of `closing`, whose last one fills up from there on. So every sequence that ends is well formed.
 
-    budget: i32[b], numbers of each row's chunk; key: of the draws, where sampling's temperature is above 0.
-    Returns ids i32[b steps] and finished bool[b].
+    budget: i32[b g], numbers of each sample's chunk, 0 where there is none; key: of the draws, where sampling's temperature is above 0;
+    layers: what `incremental.prepare` makes of the parameters, if it was made before.
+    Returns ids i32[b g steps] and finished bool[b g].
     """
-    b, n = batch.tokens.shape
+    params, cfg = vla.merged(cfg, params), dataclasses.replace(cfg, lora=None)
+    budget, layers = jnp.asarray(budget), layers or incremental.prepare(cfg, params)
+    (b, n), g = batch.tokens.shape, budget.shape[1]
     after, count, ids = jnp.asarray(language.after), jnp.asarray(language.count), jnp.asarray(language.ids)
     need = jnp.where(after >= 0, count + (after > 0), jnp.iinfo(jnp.int32).max)
     opening, closing = jnp.asarray(language.opening, jnp.int32), jnp.asarray(language.closing, jnp.int32)
-    prefix = (batch.segment > 0).sum(axis=1)
+    seen, prefix = vla.prompts(batch.segment, batch.block, g)
     hidden, cache = vla.prefill(cfg, params, batch)
-    cache = jax.tree.map(lambda c: jnp.pad(c, [(0, 0), (0, 0), (0, steps), (0, 0), (0, 0)]), cache)
-    rows, begin = vla.embedding(params)[ids], len(opening)
+    cache = incremental.open_cache(cache, steps * g)
+    rows, begin = vla.embedding(params)[ids].astype(hidden.dtype), len(opening)
+    sample, when = jnp.arange(steps * g) % g, jnp.arange(steps * g) // g  # of the slots behind the row
 
     def choose(t, h, state, left, closed):
-        """The token at place t, and where that leads: (token, state, left, closed), each i32[b]."""
-        allowed = need[state] <= left[:, None]
-        scores = cap(h.astype(jnp.float32) @ rows.T, cfg.language.logit_cap)
+        """The token at place t, and where that leads: (token, state, left, closed), each i32[b g]."""
+        allowed = need[state] <= left[..., None]
+        scores = cap(jnp.einsum("bgd,vd->bgv", h, rows, preferred_element_type=jnp.float32), cfg.language.logit_cap)
         action = _pick(jnp.where(allowed, scores, -jnp.inf), sampling, None if key is None else jax.random.fold_in(key, t))
         full = (left == 0) & (state == 0)
         token = jnp.where(full, closing[jnp.minimum(closed, len(closing) - 1)], ids[action])
@@ -93,16 +109,17 @@ def generate(cfg: VLAConfig, params: dict, batch: Batch, *, steps: int, language
 
     def body(carry):
         t, token, walk, out, cache = carry
-        slots = jnp.arange(n + steps)
-        visible = (slots[None] < prefix[:, None]) | ((slots[None] >= n) & (slots[None] <= n + t))
-        h, cache = vla.decode_step(cfg, params, token, prefix + t, visible, cache, n + t)
-        token, *walk = choose(t + 1, h, *walk)
-        return t + 1, token, tuple(walk), out.at[:, t + 1].set(token, mode="drop"), cache
+        own = (sample[None] == jnp.arange(g)[:, None]) & (when <= t)
+        visible = jnp.concatenate([seen, jnp.broadcast_to(own, (b, *own.shape))], axis=-1)
+        x = vla.embedding(params)[token].astype(hidden.dtype) * jnp.asarray(cfg.language.width**0.5, hidden.dtype)
+        x, cache = incremental.step(cfg, layers, x, prefix + t, visible, cache, n + t * g)
+        token, *walk = choose(t + 1, rms(x, params["llm"]["final_norm"]["scale"]), *walk)
+        return t + 1, token, tuple(walk), out.at[..., t + 1].set(token, mode="drop"), cache
 
-    last_hidden = jnp.take_along_axis(hidden, (prefix - 1)[:, None, None], axis=1)[:, 0]
-    nothing = jnp.zeros(b, jnp.int32)
-    token, *walk = choose(jnp.int32(0), last_hidden, nothing, jnp.asarray(budget), nothing)
-    out = jnp.full((b, steps), closing[-1], jnp.int32).at[:, 0].set(token)
+    last = n - 1 - jnp.argmax(seen[..., ::-1], axis=-1)
+    nothing = jnp.zeros((b, g), jnp.int32)
+    token, *walk = choose(jnp.int32(0), jnp.take_along_axis(hidden, last[..., None], axis=1), nothing, budget, nothing)
+    out = jnp.full((b, g, steps), closing[-1], jnp.int32).at[..., 0].set(token)
     going = lambda carry: (carry[0] < steps - 1) & jnp.any(carry[2][2] < len(closing))
     _, _, (_, _, closed), out, _ = jax.lax.while_loop(going, body, (jnp.int32(0), token, tuple(walk), out, cache))
     return out, closed >= len(closing)

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vla_jax.models.layers import Einsum, RMSNorm, attention, fan_in, rope, stack, weight
+from vla_jax.models.attention import attention
+from vla_jax.models.layers import Einsum, RMSNorm, fan_in, rope, stack, weight
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import constrain
 
@@ -15,7 +16,7 @@ class Attention(nn.Module):
     cfg: VLAConfig
 
     @nn.compact
-    def __call__(self, x, cache, position, mask, slot, before=None):
+    def __call__(self, x, position, mask, before=None):
         """before: keys and values (k, v), each [b s kv hd], that stand in front of x's own."""
         c = self.cfg.language
         # twice the usual spread: attention that starts less uniform finds the named object sooner (docs/log.md)
@@ -24,11 +25,9 @@ class Attention(nn.Module):
             "btd,ckde->cbtke", x
         )
         q, k, v = rope(q, position) * c.head_dim**-0.5, rope(kv[0], position), kv[1]
-        if cache is not None:  # decoding: write the new keys and values, then look at all of them
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1) for old, new in zip(cache, (k, v)))
         if before is not None:
             k, v = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(before, (k, v)))
-        y = attention(q, k, v, mask, most=c.attn_cap)
+        y = attention(q, k, v, mask, most=c.attn_cap, kernel=self.cfg.attention)
         out = Einsum((c.heads, c.head_dim, c.width), ("heads", None, "embed"), fan_in((0, 1), 2), name="attn_vec_einsum")(
             "bthe,hed->btd", y
         )
@@ -53,8 +52,8 @@ class _Block(nn.Module):
     keep_kv: bool = False
 
     @nn.compact
-    def __call__(self, x, cache, position, mask, slot):
-        y, kv = Attention(self.cfg, name="attn")(RMSNorm(name="pre_attention_norm")(x), cache, position, mask, slot)
+    def __call__(self, x, position, mask):
+        y, kv = Attention(self.cfg, name="attn")(RMSNorm(name="pre_attention_norm")(x), position, mask)
         after = self.cfg.language.post_norms
         x = x + (RMSNorm(name="post_attention_norm")(y) if after else y)
         y = Mlp(self.cfg, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
@@ -80,7 +79,7 @@ class Embedder(nn.Module):
 class Decoder(nn.Module):
     """[b n d] embeddings -> [b n d] hidden states after the final norm, and keys and values per layer if `keep_kv`.
 
-    position i32[b n], mask bool[b n s]; cache: (k, v) each [layers b s kv hd], written at `slot`.
+    position i32[b n], mask bool[b n n]; keys and values: (k, v) each [layers b n kv hd].
     """
 
     cfg: VLAConfig
@@ -88,13 +87,13 @@ class Decoder(nn.Module):
 
     def setup(self):
         self.embedder = Embedder(self.cfg)
-        layers = stack(_Block, self.cfg.language.depth, self.cfg.remat, in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))
+        layers = stack(_Block, self.cfg.language.depth, self.cfg.remat, in_axes=(nn.broadcast, nn.broadcast))
         self.layers = layers(self.cfg, self.keep_kv)
         self.final_norm = RMSNorm()
 
     def embed(self, tokens):
         return self.embedder(tokens)
 
-    def __call__(self, x, position, mask, cache=None, slot=0):
-        x, kv = self.layers(x, cache, position, mask, slot)
+    def __call__(self, x, position, mask):
+        x, kv = self.layers(x, position, mask)
         return self.final_norm(x), kv

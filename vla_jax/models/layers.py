@@ -37,15 +37,19 @@ def stack(block: type[nn.Module], depth: int, remat: str, *, in_axes, out_axes=0
     )
 
 
-class RMSNorm(nn.Module):
+def rms(x, scale):
     """x / rms(x) * (1 + scale), computed in float32 (Gemma)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+    return (x32 * (1 + scale)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """See `rms`."""
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", weight(nn.initializers.zeros, "norm"), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
-        return (x32 * (1 + scale)).astype(x.dtype)
+        return rms(x, self.param("scale", weight(nn.initializers.zeros, "norm"), (x.shape[-1],)))
 
 
 class LayerNorm(nn.Module):
@@ -87,24 +91,3 @@ def rope(x, position):
 def cap(x, most: float):
     """most * tanh(x / most): keeps numbers within +-most (Gemma 2); 0: no cap."""
     return most * jnp.tanh(x / most) if most else x
-
-
-def attention(q, k, v, mask, *, most: float = 0.0):
-    """q [b t heads hd] (already scaled), k and v [b s kv hd], mask bool[b t s] or None -> [b t heads hd].
-
-    Heads share keys and values in equal groups. Softmax in float32, of scores capped at `most`; a row without anything to see gets the mean of v,
-    which stays in padding and is never read.
-    """
-    b, t, heads, hd = q.shape
-    kv = k.shape[2]
-    # batch and key/value head lead, the group's heads join the query positions: one plain batched matrix product
-    q = q.reshape(b, t, kv, heads // kv, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, hd)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
-    scores = cap(scores, most)
-    if mask is not None:
-        grouped = scores.reshape(b, kv, heads // kv, t, -1)
-        scores = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkqs,bksh->bkqh", probs, v)
-    return out.reshape(b, kv, heads // kv, t, hd).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, hd)

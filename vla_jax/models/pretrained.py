@@ -37,12 +37,25 @@ class Leaf:
     stacked: bool
     layer: Callable[[int], np.ndarray]
 
-    def part(self, index: tuple[slice, ...]) -> np.ndarray:
-        """f32 of the slices of the whole."""
+    def placed(self, where: jax.sharding.Sharding) -> jax.Array:
+        """f32, divided so. Each layer is read once, however many devices want a part of it; the host holds what its devices will."""
+        parts: dict[tuple, np.ndarray] = {}
+        key = lambda index: tuple((s.start, s.stop) for s in index)
+        indexes = {key(i): i for i in where.addressable_devices_indices_map(self.shape).values()}
         if not self.stacked:
-            return np.asarray(self.layer(0)[index], np.float32)
-        first, *rest = index
-        return np.stack([np.asarray(self.layer(i)[tuple(rest)], np.float32) for i in range(*first.indices(self.shape[0]))])
+            whole = self.layer(0)
+            parts = {k: np.asarray(whole[i], np.float32) for k, i in indexes.items()}
+            del whole
+        else:
+            ranges = {k: range(*i[0].indices(self.shape[0])) for k, i in indexes.items()}
+            size = lambda i: [len(range(*s.indices(n))) for s, n in zip(i, self.shape)]
+            parts = {k: np.empty(size(i), np.float32) for k, i in indexes.items()}
+            for n in sorted({n for r in ranges.values() for n in r}):
+                layer = self.layer(n)
+                for k, index in indexes.items():
+                    if n in ranges[k]:
+                        parts[k][n - ranges[k].start] = layer[index[1:]]
+        return jax.make_array_from_callback(self.shape, where, lambda index: parts[key(index)])
 
 
 # What is before a tensor's own name varies with the version of the library and with what wrapped the model.
@@ -276,7 +289,7 @@ def load(source: str | Path, kind: str, cfg: VLAConfig, where: dict, *, text_voc
     drawn = jax.jit(lambda k: {p: tree.flatten(vla.init(cfg, k))[p] for p in fresh}, out_shardings={p: places[p] for p in fresh})
     out |= drawn(jax.random.key(seed)) if fresh else {}
     for path, leaf in fitted.items():
-        out[path] = jax.make_array_from_callback(leaf.shape, places[path], leaf.part)
+        out[path] = leaf.placed(places[path])
     return tree.unflatten({path: out[path] for path in want})
 
 

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vla_jax.models.layers import LayerNorm, attention, fan_in, stack, weight
+from vla_jax.models.attention import attention
+from vla_jax.models.layers import LayerNorm, fan_in, stack, weight
 from vla_jax.models.presets import VLAConfig
 
 
@@ -35,7 +36,7 @@ class _Attention(nn.Module):
         head_dim = v.width // v.heads
         project = lambda name: _Dense((v.heads, head_dim), ("embed", "heads", None), name=name)
         q, k, val = project("query")(x), project("key")(x), project("value")(x)
-        y = attention(q * head_dim**-0.5, k, val, None)
+        y = attention(q * head_dim**-0.5, k, val, None, kernel=self.cfg.attention)
         return _Dense((v.width,), ("heads", None, "embed"), contract=2, name="out")(y)
 
 

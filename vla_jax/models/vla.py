@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vla_jax import tree
 from vla_jax.models import lora
 from vla_jax.models.action_expert import ActionExpert
 from vla_jax.models.decoder import Decoder
@@ -75,12 +76,6 @@ class _VLA(nn.Module):
         dims, own = noisy.shape[-1], self.cfg.expert.action_dim
         fill = lambda x: jnp.pad(x[..., :own], [(0, 0)] * (x.ndim - 1) + [(0, max(0, own - x.shape[-1]))])
         return self.expert(kv, seen, prefix, fill(noisy), time, fill(state), chunk)[..., :dims]
-
-    def decode_step(self, token, position, visible, cache, slot):
-        """One generated token per row, i32[b]: writes the cache at `slot`, sees slots bool[b s]. -> (hidden [b d], cache)."""
-        x = self.llm.embed(token[:, None])
-        x, cache = self.llm(x, position[:, None], visible[:, None], cache, slot)
-        return x[:, 0], cache
 
 
 def mask(segment, block):
@@ -156,11 +151,14 @@ def velocity(cfg: VLAConfig, params: dict, kv, batch, noisy, time):
 
 
 def prefill(cfg: VLAConfig, params: dict, batch):
-    """Like `apply`, with the cache for `decode_step`: (k, v) each [layers b n kv hd]."""
+    """Like `apply`, with keys and values of every layer: (k, v) each [layers b n kv hd]."""
     args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state)
     return _VLA(cfg, keep_kv=True).apply({"params": merged(cfg, params)}, *args, method=_VLA.prefill)
 
 
-def decode_step(cfg: VLAConfig, params: dict, token, position, visible, cache, slot):
-    """See `_VLA.decode_step`."""
-    return _VLA(cfg, keep_kv=True).apply({"params": merged(cfg, params)}, token, position, visible, cache, slot, method=_VLA.decode_step)
+def cast(cfg: VLAConfig, params: dict) -> dict:
+    """The parameters as a forward pass uses them: matrices in the compute dtype, norms and the projected state in float32. The same
+    results, from half the memory where that dtype has half the bits."""
+    flat = tree.flatten(params)
+    kept = lambda path: "norm" in path.lower() or path.startswith("state/")
+    return tree.unflatten({p: w if kept(p) else w.astype(jnp.dtype(cfg.dtype)) for p, w in flat.items()})

@@ -43,7 +43,7 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
         out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
     plain = dataclasses.replace(ready.cfg, lora=None)
     for head in ("tokens", "flow") if config.train.objective == "both" else (config.train.objective,):
-        for name, found in action_errors(plain, held_out, vla.merged(ready.cfg, params), frames=frames, head=head).items():
+        for name, found in action_errors(plain, held_out, vla.merged(ready.cfg, params), frames=frames, head=head, mesh=ready.mesh).items():
             found.pop("first")
             found = found if head == "tokens" else {"flow_mae": found["mae"], "baseline": found["baseline"]}
             out.setdefault(name, {}).update(found)
@@ -93,14 +93,16 @@ def action_unigram_entropy(source: Source, *, chunks: int = 4096) -> dict[str, f
     return out
 
 
-def action_errors(cfg: VLAConfig, source: Source, params, *, frames: int = 64, batch: int = 32, head: str = "tokens") -> dict[str, dict]:
+def action_errors(
+    cfg: VLAConfig, source: Source, params, *, frames: int = 64, batch: int = 32, head: str = "tokens", mesh=None
+) -> dict[str, dict]:
     """Mean absolute error of generated chunks on evenly spaced frames of `source` (held out), in robot units.
 
     {dataset: {"mae": {unit: error}, "baseline": {unit: error of always giving the mean training action}, "valid": share
     of well-formed chunks, "first": (recorded, predicted) first actions of all frames, f32[frames a] each}}. Steps past an
     episode's end do not count.
     """
-    actor = Actor(cfg, source.layout, params, head=head)
+    actor = Actor(cfg, source.layout, params, head=head, mesh=mesh)
     out = {}
     for d, index in enumerate(source.indexes):
         picked = source.frames[d].spread(frames)

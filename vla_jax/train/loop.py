@@ -17,7 +17,7 @@ from vla_jax.config import Config
 from vla_jax.data import feed, stats
 from vla_jax.data.source import Source, open_source
 from vla_jax.data.stream import Stream, initial_state
-from vla_jax.models import lora, presets, vla
+from vla_jax.models import attention, lora, presets, vla
 from vla_jax.models.presets import Lora, VLAConfig
 from vla_jax.tokens import files
 from vla_jax.train import checkpoint, evaluate, metrics, optim, state, step
@@ -57,10 +57,13 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
         remat=config.model.remat,
         expert=config.model.expert,
         expert_dims=config.model.expert_dims,
+        attention=config.model.attention,
     )
     if config.train.lora_rank:
         cfg = dataclasses.replace(cfg, lora=Lora(config.train.lora_rank, config.train.lora_alpha, config.train.lora_on))
     lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train.freeze)  # patterns are checked
+    with jax.set_mesh(mesh):
+        attention.check(cfg)
     if cfg.expert and max(source.shape[1:]) > cfg.expert.action_dim:
         raise UserError(
             f"the mixture has actions of {source.shape[1]} and states of {source.shape[2]} numbers, more than model.expert_dims "
