@@ -8,13 +8,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from vla_jax import config, sharding, tree
+from vla_jax import cli, config, sharding, tree
 from vla_jax.data.stream import Stream
 from vla_jax.deploy import export, policy
 from vla_jax.models import decode, presets, pretrained, vla
 from vla_jax.models.presets import Expert, Language, Vision
 from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
-from vla_jax.train import evaluate, loop, losses, metrics, state, step
+from vla_jax.train import evaluate, loop, losses, metrics, step
 from vla_jax.types import Batch, UserError
 
 V, C, E = Vision(24, 1, 2, 40, 16), Language(32, 3, 4, 2, 12, 56), Expert(20, 36, False, action_dim=6)
@@ -127,7 +127,7 @@ def model(request, tmp_path_factory):
     with ocp.PyTreeCheckpointer() as writer:
         writer.save(folder / "params", {"params": tree.unflatten({f"{name}/value": x for name, x in w.items()})})
     mesh = sharding.make_mesh(2, 2, 2)
-    return cfg, w, pretrained.load(folder, "openpi", cfg, state.param_shardings(cfg, mesh))
+    return cfg, w, pretrained.load(folder, "openpi", cfg, vla.shardings(cfg, mesh))
 
 
 def sample(rng, prompt=6, suffix=3, steps=STEPS, dims=6):
@@ -258,6 +258,26 @@ def test_times_and_noise_of_a_step():
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
 
 
+def test_import_command_brings_the_expert(model, tmp_path, monkeypatch, capsys):
+    """A tree as openpi has it, through the command, is what a run with that expert begins with."""
+    cfg, w, want = model
+    ada = ":ada" * cfg.expert.ada
+    monkeypatch.setitem(presets.PRESETS, "small", (V, C))
+    monkeypatch.setitem(presets.EXPERTS, "small", (E.width, E.mlp))
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(tmp_path / "pi" / "params", {"params": tree.unflatten(w)})
+    out = tmp_path / "out"
+    assert cli.main(["import", str(tmp_path / "pi"), "--format=openpi", "--preset=small", "--image-size=16", f"--out={out}"]) == 0
+    assert f"model.expert=small{ada}, model.expert_dims=6" in capsys.readouterr().out
+    wanted = presets.resolve(
+        "small", vocab=VOCAB, image_size=16, state_dim=0, dtype="float32", remat="none", expert=f"small{ada}", expert_dims=6
+    )
+    assert wanted == cfg
+    got = tree.flatten(pretrained.load(out, "native", cfg, vla.shardings(cfg, sharding.make_mesh(1, 8, 1))))
+    for path, x in tree.flatten(want).items():
+        np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(x), err_msg=path)
+
+
 FLOW = ["model.expert=tiny", "model.expert_dims=8"]
 
 
@@ -305,6 +325,28 @@ def test_a_run_with_both_learns_and_its_policy_acts_both_ways(tiny, tmp_path):
             ((chunk, valid),) = robot.act([TabletopEnv(name).reset(EVAL_SEED)])
             assert robot.actor.head == (head or "flow") and valid and chunk.shape == (robot.steps, len(robot.card.action.dims))
             assert np.isfinite(chunk).all()
+            # its weights over eight devices: the same answer
+            divided = policy.Policy.load(out, robot=name, head=head, mesh=sharding.make_mesh(1, 4, 2))
+            assert not divided.actor.params["llm"]["layers"]["mlp"]["linear"].sharding.is_fully_replicated
+            np.testing.assert_allclose(divided.act([TabletopEnv(name).reset(EVAL_SEED)])[0][0], chunk, atol=1e-4)
+
+
+def test_rows_of_the_flow_alone_hold_prompts_alone(tiny, tmp_path):
+    """What the expert cannot see is not computed; as many samples have a loss as in rows with action tokens."""
+    loss, tokens = {}, {}
+    for objective in ("flow", "both"):
+        run = loop.prepare(tiny(f"train.objective={objective}", "pack.samples=2", "pack.length=128", *FLOW), tmp_path / objective)
+        with Stream(run.source) as stream:
+            batch = next(stream)[0]
+        c = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, objective="flow"))
+        params = jax.jit(vla.init, static_argnums=0)(run.cfg, jax.random.key(0))
+        sums = jax.jit(lambda p, b, c=c, cfg=run.cfg: step.loss_fn(p, c, cfg, b, jax.random.key(1), datasets=3)[1])(params, batch)
+        tokens[objective] = int((batch.segment > 0).sum())
+        seen = vla.prompts(batch.segment, batch.block, 2)[0]
+        assert (int(seen.sum()) == tokens[objective]) == (objective == "flow")
+        loss[objective] = sums["flow_samples"].sum()
+        assert not batch.loss_weight.any() or objective == "both"
+    assert tokens["flow"] < tokens["both"] and loss["flow"] == loss["both"] == 16
 
 
 def test_refusals(tiny, tmp_path):

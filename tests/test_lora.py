@@ -77,7 +77,7 @@ def test_adapters_on_weights_of_others(small, tmp_path):
     }
     np.savez(tmp_path / "w.npz", **weights)
     mesh = sharding.make_mesh(2, 2, 2)
-    loaded = pretrained.load(tmp_path / "w.npz", "big_vision", small, state.param_shardings(small, mesh))
+    loaded = pretrained.load(tmp_path / "w.npz", "big_vision", small, vla.shardings(small, mesh))
     for path, w in tree.flatten(vla.merged(small, loaded)).items():
         if not path.startswith("state/"):
             np.testing.assert_array_equal(np.asarray(w), weights[path])

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from vla_jax import sharding, tree
 from vla_jax.data import feed
@@ -225,9 +224,8 @@ def test_sharded_decoding_says_the_same(cfg, params, sizes):
     run = jax.jit(functools.partial(decode.generate, cfg, steps=language.longest(9), language=language))
     want, _ = run(params, batch, budget=budget)
     mesh = sharding.make_mesh(*sizes)
-    where = jax.tree.map(lambda p, a: NamedSharding(mesh, sharding.RULES.spec(a, p.shape, mesh)), params, vla.logical_axes(cfg))
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, where)
+        placed = jax.device_put(params, vla.shardings(cfg, mesh))
         layers = jax.jit(functools.partial(incremental.prepare, cfg))(placed)
         got, ended = run(placed, jax.device_put(batch, sharding.batch_sharding(mesh)), budget=budget, layers=layers)
     assert np.asarray(ended).all() and np.array_equal(got, want)

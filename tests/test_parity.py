@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vla_jax import sharding, tree
 from vla_jax.models import presets, pretrained, vla
 from vla_jax.models.presets import Language, Vision
+from vla_jax.models.vit import ImageEncoder
 from vla_jax.types import IMAGE, Batch
 
 torch = pytest.importorskip("torch", reason="the extra `parity` is not installed")
@@ -76,11 +77,8 @@ def pair(request, tmp_path_factory):
 
 
 def load(folder, kind, cfg, **options):
-    mesh = sharding.make_mesh(2, 2, 2)
-    axes = tree.flatten(vla.logical_axes(cfg))
-    shapes = tree.flatten(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))
-    where = {p: NamedSharding(mesh, sharding.RULES.spec(axes[p], s.shape, mesh)) for p, s in shapes.items()}
-    return pretrained.load(folder, kind, cfg, tree.unflatten(where), **({"text_vocab": VOCAB} | options))
+    where = vla.shardings(cfg, sharding.make_mesh(2, 2, 2))
+    return pretrained.load(folder, kind, cfg, where, **({"text_vocab": VOCAB} | options))
 
 
 def samples(rng):
@@ -183,6 +181,52 @@ def test_gradients_of_a_step_equal_torchs(pair):
         got = np.asarray(mine[path])[: want.shape[0]] if path.endswith("input_embedding") else np.asarray(mine[path])
         assert np.abs(got - want).max() < 1e-5 * max(1.0, np.abs(want).max()), path
         assert np.abs(want).max() > 0 or path.endswith("key/bias"), path  # a key's bias shifts all scores alike
+
+
+def test_siglip_and_gemma_each_from_its_own_checkpoint(tmp_path):
+    """The encoder before its projection (which neither has, and which is drawn), and the decoder on plain causal text."""
+    v, c, cfg = VISION, KINDS["gemma"], config_of("gemma")
+    torch.manual_seed(1)
+    siglip = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=v.width,
+            intermediate_size=v.mlp,
+            num_hidden_layers=v.depth,
+            num_attention_heads=v.heads,
+            patch_size=16,
+            image_size=SIZE,
+        )
+    )
+    gemma = transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(
+            hidden_size=c.width,
+            intermediate_size=c.mlp,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            vocab_size=VOCAB,
+            attn_implementation="eager",
+        )
+    )
+    for model, place in ((siglip, "siglip"), (gemma, "gemma")):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(0, p.shape[-1] ** -0.5 if p.ndim == 2 else 0.3)
+        model.eval().save_pretrained(tmp_path / place)
+    params = load(tmp_path / "siglip", "hf", cfg, more=tmp_path / "gemma")
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    with torch.no_grad():
+        want = siglip(torch.tensor(images.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)).last_hidden_state.numpy()
+        ids = np.random.default_rng(1).integers(1, VOCAB, (1, 12))
+        scores = gemma(torch.tensor(ids)).logits.numpy()
+    head = jax.tree.map(np.asarray, params["img"]["head"])
+    got = jax.jit(lambda p, x: ImageEncoder(cfg).apply({"params": p}, x))(params["img"], images)
+    projected = want @ head["kernel"] + head["bias"]
+    assert np.abs(np.asarray(got) - projected).max() < 1e-5 * np.abs(projected).max() and want.std() > 0.1
+    batch = ours([[(np.zeros((1, SIZE, SIZE, 3), np.uint8)[:0], ids[0, :1], ids[0, 1:])]], 12)
+    batch = dataclasses.replace(batch, images=np.zeros((1, 1, SIZE, SIZE, 3), np.uint8))
+    assert np.abs(logits(cfg, params, batch) - scores).max() < 1e-5 and scores.std() > 0.3
 
 
 def test_leaves_lie_sharded(pair):

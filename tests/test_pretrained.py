@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from vla_jax import cli, sharding, tree
 from vla_jax.models import presets, pretrained, vla
 from vla_jax.models.presets import Language, Vision
-from vla_jax.train import loop, state
+from vla_jax.train import loop
 from vla_jax.types import UserError
 
 PRESET = (Vision(40, 2, 2, 72, 16), Language(48, 3, 4, 1, 16, 80))
@@ -40,7 +40,7 @@ def weights():
 def load(source, kind, cfg=None, **options):
     cfg = cfg or small()
     mesh = sharding.make_mesh(2, 2, 2)
-    return tree.flatten(pretrained.load(source, kind, cfg, state.param_shardings(cfg, mesh), **options))
+    return tree.flatten(pretrained.load(source, kind, cfg, vla.shardings(cfg, mesh), **options))
 
 
 def same(loaded, weights, but=()):

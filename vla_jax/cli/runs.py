@@ -99,7 +99,9 @@ def _import(args) -> int:
     found = state.convert(
         args.source, args.format, args.out, preset=args.preset, more=args.more, image_size=args.image_size, vocab=args.vocab
     )
-    print(f"{args.out}: {found['parameters']:,} parameters, {found['text_vocab']} rows of the embedding")
+    expert = found.get("expert", {})
+    said = f"; with an action expert: model.expert={expert['preset'] or expert}, model.expert_dims={expert['action_dim']}" if expert else ""
+    print(f"{args.out}: {found['parameters']:,} parameters, {found['text_vocab']} rows of the embedding{said}")
     return 0
 
 

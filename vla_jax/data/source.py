@@ -243,7 +243,11 @@ class Source:
         ix, c, normal = self.indexes[dataset], self.config.data, self.normalizers[dataset]
         chunks, masks = self.chunks(dataset, frames)
         states = normal["state"].normalize(sample.states(ix, frames, c.history)).reshape(len(frames), -1)
-        tokens = self.layout.action.encode_batch(chunks) if self.layout.action else [np.zeros(0, np.int32)] * len(frames)
+        tokens: list = [np.zeros(0, np.int32)] * len(frames)
+        if self.config.train.objective == "flow":  # the expert sees the prompt alone
+            tokens = [None] * len(frames)
+        elif self.layout.action:
+            tokens = self.layout.action.encode_batch(chunks)
         pictures = sample.pictures(ix, frames, c.views, c.history)
         changes = self.augmenter.changes(numbers) if self.augmenter else [None] * len(frames)
         out = []

@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from vla_jax import config as configs
@@ -13,7 +14,7 @@ from vla_jax.data import cards, images, sample, stats
 from vla_jax.data.cards import DatasetCard
 from vla_jax.data.stats import Normalizer
 from vla_jax.deploy import export
-from vla_jax.models import presets
+from vla_jax.models import presets, vla
 from vla_jax.models.act import Actor, Request
 from vla_jax.tokens import files, text
 from vla_jax.tokens.actions import MALFORMED
@@ -37,12 +38,12 @@ class Policy:
     actor: Actor
 
     @classmethod
-    def load(cls, folder: str | Path, *, robot: str = "", head: str = "") -> Policy:
-        """`robot`: the name of a card in the export; may be left out when there is only one. head: see load_all.
+    def load(cls, folder: str | Path, *, robot: str = "", head: str = "", mesh=None) -> Policy:
+        """`robot`: the name of a card in the export; may be left out when there is only one. head, mesh: see load_all.
 
         Raises: UserError for a damaged export or an unknown robot.
         """
-        found = load_all(folder, head=head)
+        found = load_all(folder, head=head, mesh=mesh)
         if not robot and len(found) == 1:
             return next(iter(found.values()))
         if robot not in found:
@@ -120,8 +121,10 @@ class Policy:
         return Request(pixels, state, prompt, self.steps, len(dims))
 
 
-def load_all(folder: str | Path, *, head: str = "") -> dict[str, Policy]:
-    """Every robot of an export, sharing one set of weights. head: tokens or flow; empty: flow where that was trained. Raises: UserError."""
+def load_all(folder: str | Path, *, head: str = "", mesh=None) -> dict[str, Policy]:
+    """Every robot of an export, sharing one set of weights. head: tokens or flow; empty: flow where that was trained. mesh: of
+    `sharding.make_mesh`, to divide a model over several devices (its axis `tensor`: each token then reads a share of the weights on
+    each). Raises: UserError."""
     body, params, folder = export.read(folder)
     config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
     words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
@@ -136,7 +139,10 @@ def load_all(folder: str | Path, *, head: str = "") -> dict[str, Policy]:
         expert=config.model.expert,
         expert_dims=config.model.expert_dims,
     )
-    actor, out = Actor(cfg, layout, params, head=head or ("tokens" if config.train.objective == "tokens" else "flow")), {}
+    if mesh is not None:
+        params = jax.device_put(params, vla.shardings(cfg, mesh))
+    head = head or ("tokens" if config.train.objective == "tokens" else "flow")
+    actor, out = Actor(cfg, layout, params, head=head, mesh=mesh), {}
     for raw, numbers in zip(body["cards"], body["stats"]):
         card, s = cards.from_dict(raw, where=str(folder / "policy.json")), stats.from_json(numbers)
         out[card.name] = Policy(

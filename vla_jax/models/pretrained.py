@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from vla_jax import tree
-from vla_jax.models.presets import VLAConfig
+from vla_jax.models.presets import Expert, VLAConfig
 from vla_jax.types import UserError
 
 FORMATS = ("hf", "big_vision", "openpi", "native")
@@ -63,6 +63,7 @@ _NAMES = (
     (re.compile(r".*?(?:vision_tower\.)?vision_model\.(.*)"), r"vision.\1"),
     (re.compile(r".*?vision_tower\.(.*)"), r"vision.\1"),
     (re.compile(r".*?multi_modal_projector\.linear\.(.*)"), r"projector.\1"),
+    (re.compile(r"((?:embeddings|encoder|post_layernorm|head)\..*)"), r"vision.\1"),  # SigLIP's encoder alone, by transformers 5
     (re.compile(r"(?:.*\.)?((?:embed_tokens|norm|layers\.\d+)\..*)"), r"language.\1"),
 )
 # Of no use here: a tied copy of the embedding, SigLIP's text side and its pooling head.
@@ -326,10 +327,13 @@ def resized(position: np.ndarray, side: int) -> np.ndarray:
     return grid.reshape(1, side * side, width)
 
 
-def rows(source: str | Path, kind: str, cfg: VLAConfig) -> int:
-    """Rows of the embedding that a file holds, 0 if it has none. Raises: UserError."""
-    found = _open(source, kind, cfg)
-    return found[_TABLE].shape[0] if _TABLE in found else 0
+def survey(source: str | Path, kind: str, cfg: VLAConfig) -> tuple[int, Expert | None]:
+    """(rows of the embedding that a file holds, 0 if it has none; its action expert, by the shapes of its leaves). Raises: UserError."""
+    shapes = {path: leaf.shape for path, leaf in _open(source, kind, cfg).items()}
+    expert, into, mlp = None, shapes.get("expert/action_in_proj/kernel", ()), shapes.get("expert/layers/mlp/linear", ())
+    if len(into) == 2 and len(mlp) == 3:
+        expert = Expert(into[1], mlp[1], "expert/time_mlp_in/kernel" in shapes, into[0])
+    return shapes[_TABLE][0] if _TABLE in shapes else 0, expert
 
 
 def save(params: dict, out: str | Path, about: dict) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from vla_jax import tree
 from vla_jax.models import lora
@@ -13,7 +14,7 @@ from vla_jax.models.decoder import Decoder
 from vla_jax.models.layers import cap, fan_in, weight
 from vla_jax.models.presets import VLAConfig
 from vla_jax.models.vit import ImageEncoder
-from vla_jax.sharding import constrain
+from vla_jax.sharding import RULES, constrain
 from vla_jax.types import IMAGE, STATE
 
 
@@ -114,6 +115,13 @@ def logical_axes(cfg: VLAConfig) -> dict:
     boxed = jax.eval_shape(lambda k: _made(cfg, k), jax.random.key(0))
     axes = jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     return lora.axes(axes, patterns=cfg.lora.on, shapes=nn.unbox(boxed)) if cfg.lora else axes
+
+
+def shardings(cfg: VLAConfig, mesh) -> dict:
+    """The tree of `init` with the place of each leaf on a mesh, by the rules of sharding.py."""
+    shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    place = lambda shape, axes: NamedSharding(mesh, RULES.spec(axes, shape.shape, mesh))
+    return jax.tree.map(place, shapes, logical_axes(cfg), is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
 
 def merged(cfg: VLAConfig, params: dict) -> dict:

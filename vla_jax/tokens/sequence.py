@@ -216,9 +216,11 @@ class Layout:
         before = [IMAGE] * (images * self.tokens_per_image) + [STATE] * (self.state == "continuous")
         return np.array(before + ids, np.int32), max(0, over)
 
-    def build(self, *, images: int, prompt: Prompt, action_tokens: np.ndarray) -> Sequence:
-        """action_tokens: i32[t], a chunk as `action.encode` gives it."""
+    def build(self, *, images: int, prompt: Prompt, action_tokens: np.ndarray | None) -> Sequence:
+        """action_tokens: i32[t], a chunk as `action.encode` gives it; None: the prompt alone, as an action expert's flow needs it."""
         given, cut = self._prefix(images, prompt)
+        if action_tokens is None:
+            return Sequence(given, len(given), cut)
         opening, closing = self._around
         tokens = np.concatenate([given, opening, self.ids.take(action_tokens), closing])
         if self.openpi and self.limit:

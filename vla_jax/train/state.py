@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vla_jax import tree
 from vla_jax.models import presets, pretrained, vla
 from vla_jax.models.presets import VLAConfig
-from vla_jax.sharding import RULES, make_mesh
+from vla_jax.sharding import make_mesh
 from vla_jax.types import TrainState
 
 jax.tree_util.register_dataclass(TrainState, [f.name for f in dataclasses.fields(TrainState)], [])
@@ -28,7 +28,7 @@ def _init(cfg: VLAConfig, tx: optax.GradientTransformation, seed: int, with_ema:
 def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_ema: bool):
     """(abstract TrainState, its shardings). Whatever in the optimizer state mirrors the parameters is divided like them."""
     abstract = jax.eval_shape(lambda: _init(cfg, tx, 0, with_ema))
-    specs = param_shardings(cfg, mesh)
+    specs = vla.shardings(cfg, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     shapes, places = tree.flatten(abstract.params), tree.flatten(specs)
 
@@ -42,27 +42,21 @@ def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_em
     return abstract, TrainState(whole, specs, opt, specs if with_ema else None, whole)
 
 
-def param_shardings(cfg: VLAConfig, mesh) -> dict:
-    shapes = jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0)))
-    return jax.tree.map(
-        lambda p, a: NamedSharding(mesh, RULES.spec(a, p.shape, mesh)),
-        shapes,
-        vla.logical_axes(cfg),
-        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct),
-    )
-
-
 def convert(source: str, kind: str, out: str, *, preset: str, more: str, image_size: int, vocab: int) -> dict:
-    """Weights of others -> a folder for `model.init`, through the devices' memory, sharded over all of them. Returns what it
-    writes about them. Raises: UserError."""
+    """Weights of others -> a folder for `model.init`, through the devices' memory, sharded over all of them; with the action expert
+    that the file has. Returns what it writes about them. Raises: UserError."""
     mesh = make_mesh(1, -1, 1)
     cfg = presets.resolve(preset, vocab=128, image_size=image_size, state_dim=0, dtype="float32", remat="none")
-    vocab = vocab or pretrained.rows(source, kind, cfg) or (pretrained.rows(more, kind, cfg) if more else 0)
-    cfg = dataclasses.replace(cfg, vocab=-(-vocab // 128) * 128)
+    found = [pretrained.survey(place, kind, cfg) for place in (source, more) if place]
+    vocab = vocab or next((rows for rows, _ in found if rows), 0)
+    cfg = dataclasses.replace(cfg, vocab=-(-vocab // 128) * 128, expert=next((e for _, e in found if e), None))
     with jax.set_mesh(mesh):
-        params = pretrained.load(source, kind, cfg, param_shardings(cfg, mesh), text_vocab=vocab, more=more)
+        params = pretrained.load(source, kind, cfg, vla.shardings(cfg, mesh), text_vocab=vocab, more=more)
     about = {"format": "vla_jax.import.1", "source": str(source), "more": str(more), "kind": kind, "preset": preset}
     about |= {"image_size": image_size, "text_vocab": vocab, "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    if cfg.expert:
+        name = next((n for n, size in presets.EXPERTS.items() if size == (cfg.expert.width, cfg.expert.mlp)), "")
+        about["expert"] = dataclasses.asdict(cfg.expert) | {"preset": f"{name}{':ada' * cfg.expert.ada}" if name else ""}
     pretrained.save(params, out, about)
     return about
 
