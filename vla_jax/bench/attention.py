@@ -22,13 +22,10 @@ def run(*, repeats: int) -> Iterator[dict]:
     import jax.numpy as jnp
     import numpy as np
 
-    from vla_jax.bench.run import seconds
+    from vla_jax.bench.run import product_rate, seconds
     from vla_jax.models import attention, vla
 
-    side = 8192 if jax.default_backend() != "cpu" else 1024
-    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    multiply = jax.jit(lambda a: a @ a)
-    ceiling = 2 * side**3 / seconds(repeats, multiply, square)
+    ceiling = product_rate(jnp.bfloat16, repeats)
     for name, b, n, heads, kv, hd, masked in SHAPES:
         keys = jax.random.split(jax.random.key(1), 4)
         q, g = (jax.random.normal(k, (b, n, heads, hd), jnp.bfloat16) for k in keys[:2])

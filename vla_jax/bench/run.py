@@ -67,6 +67,16 @@ def seconds(repeats: int, call, *args) -> float:
     return median(times[1:])
 
 
+def product_rate(dtype, repeats: int) -> float:
+    """FLOP/s of this device's own matrix product: several in a row of 8192 x 8192 (2048 on CPU), so that the call has no part in it."""
+    import jax
+
+    side, times = (2048, 2) if jax.default_backend() == "cpu" else (8192, 20)
+    x = jax.random.normal(jax.random.key(0), (side, side), dtype) * side**-0.5
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x))
+    return 2 * side**3 * times / seconds(repeats, chain, x)
+
+
 def stamp() -> dict:
     """When, on what and with which code."""
     here = Path(__file__).parent

@@ -11,10 +11,11 @@ from vla_jax.config import Config
 
 def run(config: Config, repeats: int, where: str) -> dict:
     """Model FLOP/s of the training step (matrix products of real tokens, no recompute) against this machine's own matrix
-    product (of 8192 x 8192 on an accelerator, 2048 x 2048 on CPU)."""
+    product."""
     import jax
 
     from vla_jax import tree
+    from vla_jax.bench.run import product_rate
     from vla_jax.data import feed
     from vla_jax.data.stream import Stream
     from vla_jax.train import loop, optim, state, step
@@ -32,9 +33,6 @@ def run(config: Config, repeats: int, where: str) -> dict:
     tokens, targets = int((batch.segment > 0).sum()), int((batch.loss_weight > 0).sum())
     flops = 6 * (decoder * tokens + vision * int((batch.tokens == -1).sum()) + flat["llm/embedder/input_embedding"].size * targets)
     device = feed.to_device(batch, ready.mesh)
-    side = 2048 if jax.default_backend() == "cpu" else 8192
-    square = jax.random.normal(jax.random.key(0), (side, side), config.model.dtype)
-    multiply = jax.jit(lambda a: a @ a)
     times, ceiling = [], []
     with jax.set_mesh(ready.mesh):
         for _ in range(repeats + 1):
@@ -42,18 +40,22 @@ def run(config: Config, repeats: int, where: str) -> dict:
             current, measured = train_step(current, device)
             jax.block_until_ready((current.params, measured))
             times.append(time.perf_counter() - before)
-            before = time.perf_counter()
-            multiply(square).block_until_ready()
-            ceiling.append(2 * side**3 / (time.perf_counter() - before))
+            ceiling.append(product_rate(config.model.dtype, 1))
     rate = flops / median(times[1:])
+    model, pack = config.model, config.pack
     return {
+        "preset": model.preset,
+        "dtype": model.dtype,
+        "remat": model.remat,
+        "attention": model.attention,
+        "rows": [pack.rows, pack.length],
         "step_ms": round(median(times[1:]) * 1e3, 1),
         "samples_per_s": round(int((batch.dataset >= 0).sum()) / median(times[1:]), 1),
         "model_gflops": round(rate / 1e9, 1),
         "ceiling_gflops": round(median(ceiling[1:]) / 1e9, 1),
         "ratio": round(rate / median(ceiling[1:]), 3),
         "first_step_s": round(times[0], 1),
-        "devices": jax.device_count(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
 
