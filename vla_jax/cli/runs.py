@@ -72,9 +72,14 @@ def _train(args) -> int:
 
 
 def _eval(args) -> int:
+    from vla_jax import distributed
+
+    distributed.initialize()
     from vla_jax.train import evaluate
 
-    print(json.dumps(evaluate.run(args.config, args.workdir, frames=args.frames, where=args.config_spec), indent=1))
+    found = evaluate.run(args.config, args.workdir, frames=args.frames, where=args.config_spec)
+    if distributed.is_main():
+        print(json.dumps(found, indent=1))
     return 0
 
 
