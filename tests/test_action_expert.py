@@ -9,12 +9,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vla_jax import cli, config, sharding, tree
+from vla_jax.data import feed
 from vla_jax.data.stream import Stream
 from vla_jax.deploy import export, policy
 from vla_jax.models import decode, presets, pretrained, vla
 from vla_jax.models.presets import Expert, Language, Vision
 from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
-from vla_jax.train import evaluate, loop, losses, metrics, step
+from vla_jax.train import evaluate, loop, losses, metrics, optim, state, step
 from vla_jax.types import Batch, UserError
 
 V, C, E = Vision(24, 1, 2, 40, 16), Language(32, 3, 4, 2, 12, 56), Expert(20, 36, False, action_dim=6)
@@ -184,15 +185,71 @@ def test_the_decoder_is_as_without_an_expert(model):
     np.testing.assert_allclose(np.asarray(hidden), np.asarray(jax.jit(lambda *a: vla.apply(cfg, *a))(params, batch)), atol=1e-6)
 
 
-def test_robots_with_fewer_numbers_are_filled_up(model):
-    """A 4-dimensional robot is the 6-dimensional one whose last numbers are zero."""
+def settings(**train):
+    return config.Config(
+        model=config.Model(expert="tiny"), pack=config.Pack(targets=12), train=config.Train(**({"objective": "flow"} | train))
+    )
+
+
+def test_the_loss_of_a_row_of_different_robots_is_that_of_each_alone(model):
+    """Robots of 4 and 6 numbers, 3 and 5 steps, one past its episode's end, in a mixture of 5 numbers at most and an expert of 6: the reference on
+    each robot's own numbers, filled up with noise. What stands where a robot has nothing cannot change anything."""
     cfg, w, params = model
-    s = sample(np.random.default_rng(3), dims=4)
-    batch, noisy, time = batch_of([[s]], dims=4)
-    got = np.asarray(vla.flow(cfg, params, batch, noisy, time, insulated=False)[1])[0, 0]
-    full = {k: np.pad(s[k], [(0, 0)] * (s[k].ndim - 1) + [(0, 2)]) for k in ("noisy", "state")}
-    want = reference(w, cfg.expert.ada, s["ids"][: s["prompt"]], full["noisy"], s["time"], full["state"])
-    np.testing.assert_allclose(got, want[:, :4], atol=2e-5)
+    rng = np.random.default_rng(3)
+    robots = [sample(rng, steps=3, dims=4), sample(rng, prompt=4, steps=5, dims=5)]
+    rows = [
+        {**s, "noisy": np.pad(s["noisy"], [(0, 0), (0, 5 - s["noisy"].shape[1])]), "state": np.pad(s["state"], (0, 5 - len(s["state"])))}
+        for s in robots
+    ]
+    batch, actions, _ = batch_of([rows], dims=5)
+    mask = np.zeros(actions.shape, bool)
+    mask[0, 0, :3, :4], mask[0, 1, :4, :5] = True, True  # the second robot's episode ends a step earlier
+    batch = dataclasses.replace(batch, actions=actions, action_mask=mask, dataset=np.array([[0, 1, -1]], np.int32))
+    run = jax.jit(lambda p, b, key: step.loss_fn(p, settings(), cfg, b, key, datasets=2))
+    key = jax.random.key(5)
+    loss, sums = run(params, batch, key)
+    noisy, time, target = (np.asarray(x) for x in losses.draw_flow(key, losses.widened(actions, 6)))
+    want = []
+    for g, s in enumerate(robots):
+        k = len(s["noisy"])
+        state6 = np.pad(s["state"], (0, 6 - len(s["state"])))
+        assert np.abs(noisy[0, g, :k, len(s["state"]) :]).min() > 0  # noise where the robot has no number
+        v = reference(w, cfg.expert.ada, s["ids"][: s["prompt"]], noisy[0, g, :k], time[0, g], state6)
+        real = mask[0, g, :k]
+        want.append(np.mean((v[:, :5] - target[0, g, :k, :5])[real] ** 2))
+    np.testing.assert_allclose(loss, np.mean(want), rtol=1e-4)
+    np.testing.assert_allclose(sums["flow_sum"], want, rtol=1e-4)
+    # the two steps that the shorter robot does not have, and padding's sample
+    other = dataclasses.replace(batch, actions=actions.at[0, 0, 3:].set(7.0).at[0, 2].set(-3.0))
+    np.testing.assert_allclose(run(params, other, key)[0], loss, rtol=1e-6)
+    assert abs(run(params, dataclasses.replace(batch, chunk=np.full((1, 3), 5, np.int32)), key)[0] - loss) > 1e-4
+    # each step draws anew
+    assert abs(run(params, batch, jax.random.key(6))[0] - loss) > 1e-3
+
+
+def test_both_objectives_in_one_pass():
+    """Insulated, the decoder's gradient is that of the tokens alone and the expert's that of the flow alone; otherwise all is their sum.
+    flow_weight scales the flow's."""
+    cfg = dataclasses.replace(cfg_of(False), language=dataclasses.replace(C, depth=1))
+    params = jax.jit(vla.init, static_argnums=0)(cfg, jax.random.key(0))
+    batch, actions, _ = batch_of([[sample(np.random.default_rng(4)), sample(np.random.default_rng(5))]])
+    target = np.where(batch.block > 0, batch.tokens, 0).astype(np.int32)
+    batch = dataclasses.replace(
+        batch, actions=actions, action_mask=np.asarray(actions) != 0, target=target, loss_weight=(batch.block > 0).astype(np.float32),
+        dataset=np.array([[0, 1, -1]], np.int32),
+    )  # fmt: skip
+
+    def gradient(**train):
+        loss = lambda p: step.loss_fn(p, settings(**train), cfg, batch, jax.random.key(1), datasets=2)[0]
+        return tree.flatten(jax.jit(jax.grad(loss))(params))
+
+    tokens, flow = gradient(objective="tokens"), gradient(objective="flow")
+    free, bound = gradient(objective="both", insulate=False, flow_weight=0.5), gradient(objective="both", flow_weight=0.5)
+    for path in tokens:
+        np.testing.assert_allclose(free[path], tokens[path] + 0.5 * flow[path], atol=2e-6, err_msg=path)
+        np.testing.assert_allclose(bound[path], 0.5 * flow[path] if path.startswith("expert/") else tokens[path], atol=2e-6, err_msg=path)
+    assert np.abs(flow["llm/layers/attn/kv_einsum/w"]).max() > 1e-4
+    assert not any(np.asarray(g).any() for p, g in tokens.items() if p.startswith("expert/"))
 
 
 def test_insulation_by_gradients(model):
@@ -216,18 +273,28 @@ def test_insulation_by_gradients(model):
 
 
 def test_integration_is_eulers(model):
-    """Against the reference's velocities, step by step, from the same noise; in rows of prompts of different lengths."""
+    """Against the reference's velocities, step by step, from the same noise; prompts of different lengths in rows or in one row, robots
+    of 6 and 4 numbers. Where a robot has no number the expert sees noise on its way to zero; companions change nothing."""
     cfg, w, params = model
     made = [sample(np.random.default_rng(i), prompt=5 + i, suffix=0) for i in range(2)]
-    batch, _, _ = batch_of([[s] for s in made], samples=1)
+    made[1]["state"][4:] = 0
+    run = jax.jit(lambda p, b, key, dims: decode.integrate(cfg, p, b, key, chunk=STEPS, dims=dims, steps=4))
     key = jax.random.key(3)
-    got = np.asarray(decode.integrate(cfg, params, batch, key, shape=(STEPS, 6), steps=4))
-    noise = np.asarray(jax.random.normal(key, (2, 1, STEPS, 6)))[:, 0].astype(np.float64)
-    for i, s in enumerate(made):
-        x = noise[i]
+    batch, _, _ = batch_of([[s] for s in made], samples=1)
+    apart = np.asarray(run(params, batch, key, np.array([[6], [4]])))
+    packed = np.asarray(run(params, batch_of([made], samples=2)[0], key, np.array([[6, 4]])))
+    alone = np.asarray(run(params, batch_of([made[:1]], samples=1)[0], key, np.array([[6]])))
+    np.testing.assert_allclose(alone[0], apart[0], atol=1e-5)
+    for got, place in ((apart[0, 0], (0, 0)), (apart[1, 0], (1, 0)), (packed[0, 0], (0, 0)), (packed[0, 1], (0, 1))):
+        s, dims = made[sum(place)], (6, 4)[sum(place)]
+        at = jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1])
+        noise = np.stack([jax.random.normal(jax.random.fold_in(at, k), (6,)) for k in range(STEPS)]).astype(np.float64)
+        x = noise.copy()
         for t in (1.0, 0.75, 0.5, 0.25):
+            x[:, dims:] = t * noise[:, dims:]
             x = x - reference(w, cfg.expert.ada, s["ids"], x, t, s["state"]) / 4
-        np.testing.assert_allclose(got[i], x, atol=5e-5)
+        np.testing.assert_allclose(got[:, :dims], x[:, :dims], atol=5e-5)
+        assert not got[:, dims:].any()
 
 
 def test_flow_loss_never_touches_what_a_robot_does_not_have():
@@ -281,24 +348,10 @@ def test_import_command_brings_the_expert(model, tmp_path, monkeypatch, capsys):
 FLOW = ["model.expert=tiny", "model.expert_dims=8"]
 
 
-def test_both_objectives_in_one_pass(tiny, tmp_path):
-    """Insulated: the decoder's gradient is that of the tokens alone, the expert's that of the flow alone."""
-    run = loop.prepare(tiny("train.objective=both", *FLOW), tmp_path)
-    params = jax.jit(vla.init, static_argnums=0)(run.cfg, jax.random.key(0))
-    with Stream(run.source) as stream:
-        batch = next(stream)[0]
-
-    def gradients(objective):
-        c = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, objective=objective))
-        return tree.flatten(jax.jit(jax.grad(lambda p: step.loss_fn(p, c, run.cfg, batch, jax.random.key(1), datasets=3)[0]))(params))
-
-    tokens, flow, both = gradients("tokens"), gradients("flow"), gradients("both")
-    reached = 0
-    for path, g in both.items():
-        want = flow[path] if path.startswith("expert/") else tokens[path]
-        np.testing.assert_allclose(np.asarray(g), np.asarray(want), atol=2e-6, err_msg=path)
-        reached += not path.startswith("expert/") and np.abs(np.asarray(flow[path])).max() > 1e-6
-    assert reached > 10 and not any(np.asarray(tokens[p]).any() for p in tokens if p.startswith("expert/"))
+def first_step(actor, request):
+    """Of a chunk that may be longer than the robot's."""
+    batch = actor._batch([request], 1)
+    return np.asarray(actor._integrate(actor.params, batch, jax.random.key(0), chunk=4, dims=[[request.dims]]))[0, 0, 0]
 
 
 def test_a_run_with_both_learns_and_its_policy_acts_both_ways(tiny, tmp_path):
@@ -308,7 +361,7 @@ def test_a_run_with_both_learns_and_its_policy_acts_both_ways(tiny, tmp_path):
         "train.steps=24",
         "train.lr=5e-3",
         "train.log_every=1",
-        "model.expert=tiny:ada",
+        "model.expert=tiny",
         "model.expert_dims=8",
     )
     run = loop.prepare(c, tmp_path / "run")
@@ -317,6 +370,16 @@ def test_a_run_with_both_learns_and_its_policy_acts_both_ways(tiny, tmp_path):
     for name in run.source.names:
         curve = [line[f"train/dataset/{name}/flow"] for line in lines if f"train/dataset/{name}/flow" in line]
         assert np.mean(curve[-8:]) < 0.9 * np.mean(curve[:4]), name
+    # the same weights and the same batch at another step: other noise
+    tx, flows = optim.make(c.train), []
+    train_step = step.make_train_step(c, run.cfg, tx, run.mesh, state.shardings(run.cfg, tx, run.mesh, with_ema=False)[1], datasets=1)
+    with Stream(run.source) as stream:
+        batch = feed.to_device(next(stream)[0], run.mesh)
+    with jax.set_mesh(run.mesh):
+        for at in (0, 0, 1):
+            now = state.create(run.cfg, tx, run.mesh, seed=0, with_ema=False)
+            flows.append(float(train_step(dataclasses.replace(now, step=now.step + at), batch)[1]["datasets"]["flow_sum"][0]))
+    assert flows[0] == flows[1] and abs(flows[0] - flows[2]) > 1e-3
     found = evaluate.run(c, tmp_path / "run", frames=2)
     assert all({"nll", "flow", "mae", "flow_mae", "baseline"} <= set(found[name]) for name in run.source.names)
     out = export.export(tmp_path / "run", tmp_path / "out")
@@ -325,10 +388,15 @@ def test_a_run_with_both_learns_and_its_policy_acts_both_ways(tiny, tmp_path):
             ((chunk, valid),) = robot.act([TabletopEnv(name).reset(EVAL_SEED)])
             assert robot.actor.head == (head or "flow") and valid and chunk.shape == (robot.steps, len(robot.card.action.dims))
             assert np.isfinite(chunk).all()
-            # its weights over eight devices: the same answer
-            divided = policy.Policy.load(out, robot=name, head=head, mesh=sharding.make_mesh(1, 4, 2))
-            assert not divided.actor.params["llm"]["layers"]["mlp"]["linear"].sharding.is_fully_replicated
-            np.testing.assert_allclose(divided.act([TabletopEnv(name).reset(EVAL_SEED)])[0][0], chunk, atol=1e-4)
+            if robot.actor.head == "flow":  # the state and the length of the chunk reach the expert
+                seen = robot._request(TabletopEnv(name).reset(EVAL_SEED))
+                other = dataclasses.replace(seen, state=seen.state + 0.5), dataclasses.replace(seen, steps=4)
+                first = [first_step(robot.actor, request) for request in (seen, *other)]
+                assert min(np.abs(x - first[0]).max() for x in first[1:]) > 1e-4
+                # its weights over eight devices: the same answer (of tokens: test_model)
+                divided = policy.Policy.load(out, robot=name, head=head, mesh=sharding.make_mesh(1, 4, 2))
+                assert not divided.actor.params["llm"]["layers"]["mlp"]["linear"].sharding.is_fully_replicated
+                np.testing.assert_allclose(divided.act([TabletopEnv(name).reset(EVAL_SEED)])[0][0], chunk, atol=1e-4)
 
 
 def test_rows_of_the_flow_alone_hold_prompts_alone(tiny, tmp_path):
@@ -342,6 +410,8 @@ def test_rows_of_the_flow_alone_hold_prompts_alone(tiny, tmp_path):
         params = jax.jit(vla.init, static_argnums=0)(run.cfg, jax.random.key(0))
         sums = jax.jit(lambda p, b, c=c, cfg=run.cfg: step.loss_fn(p, c, cfg, b, jax.random.key(1), datasets=3)[1])(params, batch)
         tokens[objective] = int((batch.segment > 0).sum())
+        real = batch.dataset >= 0
+        assert batch.chunk[real].tolist() == [run.source.steps(d) for d in batch.dataset[real]] and len(set(batch.chunk[real].tolist())) > 1
         seen = vla.prompts(batch.segment, batch.block, 2)[0]
         assert (int(seen.sum()) == tokens[objective]) == (objective == "flow")
         loss[objective] = sums["flow_samples"].sum()

@@ -30,7 +30,7 @@ FLOORS = {
 # package -> the only files that may import it
 ONLY = {
     "flax": {"models/"},
-    "orbax": {"train/checkpoint.py", "deploy/export.py", "models/pretrained.py"},
+    "orbax": {"train/checkpoint.py", "deploy/export.py", "models/pretrained.py", "models/weight_files.py"},
     "tensorflow": {"tabletop/record.py", "bench/data_peers.py", "bench/data_sets.py"},
     "tensorflow_datasets": {"tabletop/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
     "rlds": {"tabletop/record.py"},

@@ -1,14 +1,15 @@
 """Adapters and frozen weights: only what is meant is trained, merging is exact, and they lie sharded."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from vla_jax import sharding, tree
+from vla_jax import config, sharding, tree
 from vla_jax.deploy import export
-from vla_jax.models import lora, pretrained, vla
+from vla_jax.models import lora, presets, pretrained, vla
 from vla_jax.models.presets import Lora
 from vla_jax.train import evaluate, loop, optim, state
 from vla_jax.types import UserError
@@ -19,8 +20,6 @@ ON = ("llm/layers/attn/.*", "llm/layers/mlp/.*")
 @pytest.fixture(scope="module")
 def small():
     from test_pretrained import PRESET
-
-    from vla_jax.models import presets
 
     with pytest.MonkeyPatch.context() as m:
         m.setitem(presets.PRESETS, "small", PRESET)
@@ -47,24 +46,36 @@ def test_merging_adds_the_product_and_nothing_else(small):
 
 
 def test_a_run_trains_adapters_alone_and_exports_them_merged(tiny, tmp_path):
-    """Weights stay bit for bit, adapters move, the optimizer keeps nothing for the rest, factors lie as their weights do."""
-    c = tiny("train.lora_rank=2", "train.steps=3", "train.warmup=0")
+    """Weights stay bit for bit, adapters move (and the state's projection, as lora_also says), the optimizer keeps nothing for the rest,
+    factors lie as their weights do; resumed it is the same run; what is evaluated is what is exported."""
+    c = tiny("train.lora_rank=2", "train.lora_alpha=64", "train.lr=1e-2", "train.steps=3", "train.warmup=0", "train.save_every=2")
     run = loop.prepare(c, tmp_path / "run")
     tx = optim.make(c.train)
     before = tree.flatten(jax.tree.map(np.asarray, state.create(run.cfg, tx, run.mesh, seed=c.train.seed, with_ema=False).params))
     after = loop.train(run, quiet=True)
     kept = {p: np.asarray(w) for p, w in tree.flatten(after.params).items()}
-    assert {p for p, w in kept.items() if not np.array_equal(w, before[p])} == {p for p in kept if p.startswith("lora/")}
+    assert {p for p, w in kept.items() if not np.array_equal(w, before[p])} == {p for p in kept if p.startswith(("lora/", "state/"))}
     numbers = sum(x.size for x in jax.tree.leaves(after.opt_state))
-    adapters = sum(w.size for p, w in kept.items() if p.startswith("lora/"))
+    adapters = sum(w.size for p, w in kept.items() if p.startswith(("lora/", "state/")))
     assert numbers < 2 * adapters + 10
     spec = lambda p: tuple(tree.flatten(after.params)[p].sharding.spec)
     assert "fsdp" in spec("lora/llm/layers/attn/q_einsum/w/a") and "fsdp" in spec("llm/layers/attn/q_einsum/w")
-    assert evaluate.run(c, tmp_path / "run", frames=2)["step"] == 3
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    again = tree.flatten(loop.train(loop.prepare(c, tmp_path / "run"), quiet=True).params)
+    assert all(np.array_equal(np.asarray(again[p]), w) for p, w in kept.items())
     _, exported, _ = export.read(export.export(tmp_path / "run", tmp_path / "out"))
     for path, w in tree.flatten(vla.merged(run.cfg, after.params)).items():
         np.testing.assert_allclose(tree.flatten(exported)[path], np.asarray(w), atol=1e-6)
     assert "lora" not in exported
+    plain = dataclasses.replace(run.cfg, lora=None)
+    want = evaluate.action_errors(plain, run.source.held_out(), exported, frames=2)
+    base = evaluate.action_errors(
+        plain, run.source.held_out(), tree.unflatten({p: w for p, w in kept.items() if p[:5] != "lora/"}), frames=2
+    )
+    found = evaluate.run(c, tmp_path / "run", frames=2)
+    mae = lambda errors: np.array([x for name in run.source.names for x in errors[name]["mae"].values()])
+    np.testing.assert_allclose(mae(found), mae(want), atol=1e-5)
+    assert np.abs(mae(base) - mae(want)).max() > 1e-3  # without the adapters it would be another policy
 
 
 def test_adapters_on_weights_of_others(small, tmp_path):
@@ -102,8 +113,55 @@ def test_patterns_that_do_nothing_are_refused(tiny, tmp_path, small):
     for patterns, match in ((("llm/no/.*",), "matches none"), (("(",), "no regular expression"), ((".*",), "no matrix")):
         with pytest.raises(UserError, match=match):
             lora.adapted(shapes, patterns)
-        with pytest.raises(UserError, match="matches none|no regular expression|nothing to train"):
-            lora.trainable(shapes, patterns)
-    c = tiny()
-    with pytest.raises(UserError, match="leaves nothing to train"):
-        loop.prepare(dataclasses.replace(c, train=dataclasses.replace(c.train, freeze=(".*",))), tmp_path)
+        with pytest.raises(UserError, match="matches none|no regular expression|nothing that the loss"):
+            lora.trainable(shapes, config.Train(freeze=patterns))
+    with pytest.raises(UserError, match="lora_on is empty"):
+        lora.adapted(shapes, ())
+
+
+NOTHING = "nothing that the loss of the {} reaches is trained"
+
+
+@pytest.mark.parametrize(
+    "train, loss",
+    [
+        ({"freeze": (".*",)}, "tokens"),
+        ({"objective": "both", "freeze": ("expert/.*",)}, "flow"),
+        ({"objective": "both", "freeze": ("(llm|img|state)/.*",)}, "tokens"),
+        ({"objective": "flow", "freeze": (".*",)}, "flow"),
+        ({"lora_rank": 2, "lora_on": ("expert/layers/attn/.*",), "lora_also": ()}, "tokens"),
+        ({"objective": "both", "lora_rank": 2, "lora_also": ()}, "flow"),
+        ({"objective": "both", "freeze": ("expert/.*",), "insulate": False}, ""),
+        ({"objective": "both", "lora_rank": 2}, ""),
+    ],
+)
+def test_a_loss_that_would_train_nothing_is_refused(tiny, tmp_path, train, loss):
+    c = tiny("model.expert=tiny", "model.expert_dims=8")
+    c = dataclasses.replace(c, train=dataclasses.replace(c.train, **train))
+    if not loss:
+        loop.prepare(c, tmp_path)
+        return
+    with pytest.raises(UserError, match=NOTHING.format(loss)):
+        loop.prepare(c, tmp_path)
+
+
+def test_what_the_objective_has_no_part_for_is_left_alone(tiny, tmp_path, small):
+    """An expert that only stands by is not shrunk by weight decay; biases and scales never are, whatever their shape."""
+    shapes = jax.eval_shape(
+        lambda: vla.init(
+            presets.resolve("tiny", vocab=128, image_size=32, state_dim=2, dtype="float32", remat="none", expert="tiny"), jax.random.key(0)
+        )
+    )
+    ones = jax.tree.map(lambda s: jax.numpy.ones(s.shape), shapes)
+    tx = optim.make(config.Train(weight_decay=0.5, warmup=0, lr=0.1))
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jax.numpy.zeros_like, ones), tx.init(ones), ones)
+    moved = {p for p, u in tree.flatten(updates).items() if np.asarray(u).any()}
+    assert moved == {p for p in tree.flatten(shapes) if not p.startswith("expert/") and not p.endswith(("/bias", "/scale"))}
+
+
+def test_adapters_beside_rows_that_nobody_trains_are_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"rows of the embedding for 32 action tokens are not in model.init.*lora_also"):
+        loop.prepare(tiny("train.lora_rank=2", "model.init=somewhere"), tmp_path)
+    c = tiny("train.lora_rank=2", "model.init=somewhere")
+    also = dataclasses.replace(c.train, lora_also=("llm/embedder/.*",))
+    loop.prepare(dataclasses.replace(c, train=also), tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from vla_jax import sharding, tree
 from vla_jax.data import feed
 from vla_jax.models import decode, incremental, presets, vla
+from vla_jax.models.layers import LayerNorm, rms, rope
 from vla_jax.tokens import grammar
 from vla_jax.types import Batch, UserError
 
@@ -31,21 +33,64 @@ def test_3b_is_paligemma_by_name_shape_and_count():
     cfg = presets.resolve("3b", vocab=257152, image_size=224, state_dim=0, dtype="bfloat16", remat="full")
     leaves = tree.flatten(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))
     assert len(leaves) == 32 and sum(x.size for x in leaves.values()) == 2_923_335_408
+    at, head = "img/Transformer/encoderblock/", (27, 16, 72)
+    norm, hidden = {"scale": (27, 1152), "bias": (27, 1152)}, (27, 1152, 16, 72)
     expected = {
         "img/embedding/kernel": (14, 14, 3, 1152),
+        "img/embedding/bias": (1152,),
         "img/pos_embedding": (1, 256, 1152),
         "img/head/kernel": (1152, 2048),
-        "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel": (27, 1152, 16, 72),
-        "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel": (27, 1152, 4304),
+        "img/head/bias": (2048,),
+        "img/Transformer/encoder_norm/scale": (1152,),
+        "img/Transformer/encoder_norm/bias": (1152,),
+        **{f"{at}LayerNorm_{n}/{k}": s for n in "01" for k, s in norm.items()},
+        **{f"{at}MultiHeadDotProductAttention_0/{n}/kernel": hidden for n in ("query", "key", "value")},
+        **{f"{at}MultiHeadDotProductAttention_0/{n}/bias": head for n in ("query", "key", "value")},
+        f"{at}MultiHeadDotProductAttention_0/out/kernel": (27, 16, 72, 1152),
+        f"{at}MultiHeadDotProductAttention_0/out/bias": (27, 1152),
+        f"{at}MlpBlock_0/Dense_0/kernel": (27, 1152, 4304),
+        f"{at}MlpBlock_0/Dense_0/bias": (27, 4304),
+        f"{at}MlpBlock_0/Dense_1/kernel": (27, 4304, 1152),
+        f"{at}MlpBlock_0/Dense_1/bias": (27, 1152),
         "llm/embedder/input_embedding": (257152, 2048),
         "llm/final_norm/scale": (2048,),
+        "llm/layers/pre_attention_norm/scale": (18, 2048),
+        "llm/layers/pre_ffw_norm/scale": (18, 2048),
         "llm/layers/attn/q_einsum/w": (18, 8, 2048, 256),
         "llm/layers/attn/kv_einsum/w": (18, 2, 1, 2048, 256),
         "llm/layers/attn/attn_vec_einsum/w": (18, 8, 256, 2048),
         "llm/layers/mlp/gating_einsum": (18, 2, 2048, 16384),
         "llm/layers/mlp/linear": (18, 16384, 2048),
     }
-    assert {k: leaves[k].shape for k in expected} == expected
+    assert {path: leaf.shape for path, leaf in leaves.items()} == expected
+    assert all(leaf.dtype == np.float32 for leaf in leaves.values())
+
+
+@pytest.mark.parametrize(
+    "preset, millions", [("100m", 263), ("300m", 559), ("1b", 1188), ("3b", 2923), ("paligemma2_3b", 3032), ("paligemma2_10b", 9662)]
+)
+def test_sizes_are_those_of_the_documentation(preset, millions):
+    """With 257,152 rows of vocabulary, as docs/model.md has them."""
+    cfg = presets.resolve(preset, vocab=257152, image_size=224, state_dim=0, dtype="bfloat16", remat="full")
+    shapes = jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0)))
+    assert (
+        sum(x.size for x in jax.tree.leaves(shapes)) // 10**6 == millions
+        or round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6) == millions
+    )
+
+
+def test_encoders_are_siglips():
+    """So400m: 412,442,352 parameters without its pooling head and with 256 positions; the others by their published widths."""
+    counted = {}
+    for name in presets.VISIONS:
+        v = presets.VISIONS[name]
+        cfg = presets.resolve(f"{name}+gemma_2b", vocab=128, image_size=16 * v.patch, state_dim=0, dtype="bfloat16", remat="full")
+        flat = tree.flatten(jax.eval_shape(lambda cfg=cfg: vla.init(cfg, jax.random.key(0))))
+        counted[name] = sum(x.size for p, x in flat.items() if p.startswith("img/") and not p.startswith("img/head/"))
+    assert counted["so400m_14"] == 412_442_352
+    by_hand = lambda w, d, m, p: d * (4 * w * w + 4 * w + 2 * w * m + m + w + 4 * w) + 2 * w + 3 * p * p * w + w + 256 * w
+    assert counted["b16"] == by_hand(768, 12, 3072, 16) and counted["l16"] == by_hand(1024, 24, 4096, 16)
+    assert counted["so400m_16"] == by_hand(1152, 27, 4304, 16) and counted["g_opt_16"] == by_hand(1536, 40, 6144, 16)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +216,81 @@ def jitted(cfg):
     return jax.jit(functools.partial(vla.apply, cfg))
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma 2"])
+@pytest.mark.parametrize("dtype, most", [("float32", 2e-5), ("bfloat16", 0.1)])
+def test_a_step_of_decoding_is_a_full_pass(kind, dtype, most):
+    """Hidden states, not only what is chosen from them: of tokens fed one by one behind prompts of different lengths, packed, against one
+    pass over all. In bfloat16 within a few roundings of numbers of size one."""
+    rules = presets.LANGUAGES["gemma2_2b"] if kind == "gemma 2" else None
+    more = {"post_norms": True, "attn_cap": 4.0, "logit_cap": 3.0} if rules else {}
+    language = presets.Language(32, 2, 4, 2 if rules else 1, 16, 64, **more)
+    cfg = presets.VLAConfig(presets.PRESETS["tiny"][0], language, 384, 32, 3, dtype, "none")
+    params = jax.jit(vla.init, static_argnums=0)(cfg, jax.random.key(0))
+    rng = np.random.default_rng(8)
+    prompts, n, steps = [row(cfg, rng, n, prefix=n) for n in (9, 14, 11)], 48, 5
+    batch = batch_of(cfg, [prompts[:2], prompts[2:]], n)
+    spoken = rng.integers(1, 380, (2, 2, steps)).astype(np.int32)
+    seen, prefix = vla.prompts(batch.segment, batch.block, 2)
+    cache = incremental.open_cache(jax.jit(functools.partial(vla.prefill, cfg))(params, batch)[1], steps * 2)
+    layers = incremental.prepare(cfg, params)
+    step = jax.jit(functools.partial(incremental.step, cfg))
+    got = []
+    for t in range(steps):
+        x = (vla.embedding(params)[spoken[..., t]] * 32**0.5).astype(dtype)
+        x, cache = step(layers, x, prefix + t, incremental.visible(seen, steps, t), cache, n + t * 2)
+        got.append(np.asarray(layers_norm(params, x), np.float32))
+    for r, g, sample in ((0, 0, prompts[0]), (0, 1, prompts[1]), (1, 0, prompts[2])):
+        tokens, block, image, robot = sample
+        whole = np.concatenate([tokens, spoken[r, g]]), np.concatenate([block, 1 + np.arange(steps, dtype=np.int32)]), image, robot
+        want = np.asarray(jitted(cfg)(params, batch_of(cfg, [[whole]], n)), np.float32)[0, len(tokens) : len(tokens) + steps]
+        np.testing.assert_allclose(np.stack([x[r, g] for x in got]), want, atol=most)
+
+
+def layers_norm(params, x):
+    return rms(x, params["llm"]["final_norm"]["scale"])
+
+
+def test_rope_at_far_positions():
+    """Against numpy in float64: at position 4,000 an angle in bfloat16 would be off by radians."""
+    x = np.random.default_rng(0).normal(size=(1, 3, 2, 16)).astype(np.float32)
+    position = np.array([[0, 700, 4000]], np.int32)
+    angle = position[0][:, None, None] / 1e4 ** (np.arange(8) / 8)
+    a, b = x[..., :8].astype(np.float64), x[..., 8:].astype(np.float64)
+    want = np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+    np.testing.assert_allclose(rope(jnp.asarray(x), position), want, atol=2e-3)  # float32 knows 4,000 radians to 2.4e-4
+    np.testing.assert_allclose(rope(jnp.asarray(x, jnp.bfloat16), position).astype(np.float32), want, atol=3e-2)
+
+
+def test_norms_of_tiny_numbers():
+    """Where eps counts: variances of 1e-6."""
+    x = (np.random.default_rng(0).normal(size=(4, 64)) * 1e-3).astype(np.float32)
+    y = x.astype(np.float64)
+    norm = LayerNorm()
+    got = norm.apply(nn.unbox(norm.init(jax.random.key(0), x)), x)
+    np.testing.assert_allclose(got, (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rms(x, np.ones(64)), 2 * y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-4)
+
+
+def test_rematerialisation_changes_work_and_not_results(monkeypatch):
+    """Products in the backward pass: with `dots` only those whose results are not kept are made again, with `full` all. Stacks of more than
+    four layers are scanned."""
+    deep = presets.Language(32, 6, 2, 1, 16, 64)
+    results, products = {}, {}
+    for remat in presets.REMAT:
+        cfg = presets.VLAConfig(presets.PRESETS["tiny"][0], deep, 384, 32, 3, "float32", remat)
+        params = jax.jit(vla.init, static_argnums=0)(cfg, jax.random.key(0))
+        batch = batch_of(cfg, [[row(cfg, np.random.default_rng(9), 14, prefix=9)]], 16)
+        loss = jax.value_and_grad(lambda p, cfg=cfg, batch=batch: jnp.square(vla.apply(cfg, p, batch)).mean())
+        results[remat] = jax.tree.leaves(jax.jit(loss)(params))
+        text = str(jax.make_jaxpr(loss)(params))
+        products[remat] = text.count("dot_general")
+        assert "length=6" in text and "unroll=1\n" in text  # a scan over the decoder's layers, one at a time
+    assert products["none"] < products["dots"] < products["full"], products
+    for other in ("dots", "full"):
+        for a, b in zip(results["none"], results[other]):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["padded", "packed", "packed with answers"])
 def test_cached_greedy_decoding_equals_teacher_forcing(cfg, params, how):
     """Prompts of different lengths, a row each or several in a row, also such that hold an answer already, which must not be seen."""
@@ -267,6 +387,12 @@ def test_sampled_answers_stay_in_the_language(cfg, params):
     run = jax.jit(functools.partial(decode.generate, cfg, steps=10, language=language, sampling=decode.Sampling(5.0)))
     made = [np.asarray(run(params, batch, budget=budget[:, None], key=jax.random.key(k))[0])[:, 0] for k in (0, 0, 1)]
     assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
+    capped = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, logit_cap=0.1))
+    flat = functools.partial(decode.generate, capped, steps=10, language=language, sampling=decode.Sampling(1.0))
+    many = batch_of(cfg, [[row(cfg, rng, 9, prefix=9)]] * 400, 16)
+    first = np.asarray(jax.jit(flat)(params, many, budget=np.full((400, 1), 9), key=jax.random.key(2))[0])[:, 0]
+    assert len(np.unique(first[:, 0])) > 30  # scores within 0.1 of each other: nearly all of 40 are drawn
+    assert 0 < (first[:, 0] == first[:, 1]).mean() < 0.2  # and each place draws anew
     for ids in (made[0], made[2]):
         for i in range(2):
             end = int(np.argmax(ids[i] == 1))

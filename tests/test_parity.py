@@ -3,15 +3,15 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vla_jax import sharding, tree
-from vla_jax.models import presets, pretrained, vla
+from vla_jax import config, sharding, tree
+from vla_jax.models import presets, pretrained, vla, weight_files
 from vla_jax.models.presets import Language, Vision
 from vla_jax.models.vit import ImageEncoder
+from vla_jax.train import losses, step
 from vla_jax.types import IMAGE, Batch
 
 torch = pytest.importorskip("torch", reason="the extra `parity` is not installed")
@@ -84,7 +84,7 @@ def load(folder, kind, cfg, **options):
 def samples(rng):
     """(images, prefix ids, suffix ids) with none, one and two images."""
     ids = lambda n: rng.integers(3, VOCAB - 2, n)
-    return [(rng.integers(0, 256, (m, SIZE, SIZE, 3), np.uint8), ids(p), ids(s)) for m, p, s in ((1, 5, 6), (2, 3, 9), (2, 8, 2))]
+    return [(rng.integers(0, 256, (m, SIZE, SIZE, 3), np.uint8), ids(p), ids(s)) for m, p, s in ((1, 5, 6), (2, 3, 9), (0, 8, 2))]
 
 
 def ours(batch_of, length):
@@ -114,7 +114,8 @@ def theirs(sample, pad=0):
     pixels = torch.tensor(pictures.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
     kind = torch.tensor([[0] * (n - len(suffix)) + [1] * (len(suffix) + pad)])
     mask = torch.tensor([[1] * n + [0] * pad])
-    return {"input_ids": torch.tensor(ids)[None], "pixel_values": pixels, "token_type_ids": kind, "attention_mask": mask}
+    seen = {"pixel_values": pixels} if len(pictures) else {}
+    return {"input_ids": torch.tensor(ids)[None], "token_type_ids": kind, "attention_mask": mask} | seen
 
 
 def logits(cfg, params, batch):
@@ -148,38 +149,44 @@ def test_bfloat16_is_as_near_as_torchs(pair):
     ids = [theirs(s) for s in made]
     with torch.no_grad():
         exact = [model(**i).logits[0].numpy() for i in ids]
-        rough = [half(**{**i, "pixel_values": i["pixel_values"].bfloat16()}).logits[0].float().numpy() for i in ids]
+        rough = [half(**{k: x.bfloat16() if x.is_floating_point() else x for k, x in i.items()}).logits[0].float().numpy() for i in ids]
     mine = logits(config_of(kind, "bfloat16"), params, ours([[s] for s in made], 40))
     for i, (e, r) in enumerate(zip(exact, rough)):
         off = lambda x, e=e: np.sqrt(np.mean((x - e) ** 2))
         assert 0 < off(mine[i, : len(e)]) < 1.5 * off(r)
 
 
-def test_gradients_of_a_step_equal_torchs(pair):
-    """Of the mean cross-entropy over the suffix, for every leaf, through the very map that loaded the weights."""
+def test_gradients_of_a_step_equal_torchs(pair, monkeypatch):
+    """Of the training step's own loss, for every leaf, through the very map that loaded the weights: three samples packed in one row, each
+    with the mean cross-entropy over its suffix, logits made in chunks of four positions."""
     kind, model, params = pair
-    cfg, sample = config_of(kind), samples(np.random.default_rng(3))[1]
-    inputs = theirs(sample)
+    cfg, made = dataclasses.replace(config_of(kind), vocab=VOCAB), samples(np.random.default_rng(3))
     model.zero_grad()
-    n, suffix = inputs["input_ids"].shape[1], len(sample[2])
-    out = model(**inputs).logits[0, n - suffix - 1 : n - 1]
-    torch.nn.functional.cross_entropy(out, inputs["input_ids"][0, n - suffix :]).backward()
+    for sample in made:
+        inputs = theirs(sample)
+        n, suffix = inputs["input_ids"].shape[1], len(sample[2])
+        out = model(**inputs).logits[0, n - suffix - 1 : n - 1]
+        (torch.nn.functional.cross_entropy(out, inputs["input_ids"][0, n - suffix :]) / len(made)).backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    batch = ours([[sample]], n)
-
-    def loss(params):
-        # the embedding's rows behind the file's are no part of torch's softmax
-        z = vla.logits(cfg, params, vla.apply(cfg, params, batch))[0, n - suffix - 1 : n - 1, :VOCAB]
-        return -jnp.take_along_axis(jax.nn.log_softmax(z), jnp.asarray(sample[2])[:, None], axis=1).mean()
-
+    batch, at = ours([made], 64), 0
+    target, weight = np.zeros((1, 64), np.int32), np.zeros((1, 64), np.float32)
+    for pictures, prefix, suffix in made:
+        end = at + len(pictures) * PER_IMAGE + len(prefix) + len(suffix)
+        target[0, end - len(suffix) - 1 : end - 1], weight[0, end - len(suffix) - 1 : end - 1] = suffix, 1 / len(suffix)
+        at = end
+    batch = dataclasses.replace(batch, target=target, loss_weight=weight, dataset=np.zeros((1, 3), np.int32))
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    settings = config.Config(pack=config.Pack(targets=sum(len(s[2]) for s in made)))
+    table = vla.embedding(params)[:VOCAB]  # rows behind the file's are no part of torch's softmax
+    params = params | {"llm": params["llm"] | {"embedder": {"input_embedding": table}}}
+    loss = lambda p: step.loss_fn(p, settings, cfg, batch, jax.random.key(0), datasets=1)[0]
     mine = tree.flatten(jax.jit(jax.grad(loss))(params))
-    canonical = {pretrained._canonical(name): g for name, g in grads.items()}
-    for path, (names, make) in pretrained._hf_map(cfg).items():
+    canonical = {weight_files.canonical(name): g for name, g in grads.items()}
+    for path, (names, make) in weight_files.hf_map(cfg).items():
         depth = mine[path].shape[0] if "{}" in names[0] else 1
         want = np.stack([make(*(canonical[n.format(i)] for n in names)) for i in range(depth)])
         want = want if "{}" in names[0] else want[0]
-        got = np.asarray(mine[path])[: want.shape[0]] if path.endswith("input_embedding") else np.asarray(mine[path])
-        assert np.abs(got - want).max() < 1e-5 * max(1.0, np.abs(want).max()), path
+        assert np.abs(np.asarray(mine[path]) - want).max() < 1e-5 * max(1.0, np.abs(want).max()), path
         assert np.abs(want).max() > 0 or path.endswith("key/bias"), path  # a key's bias shifts all scores alike
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from vla_jax import demo, tree
 from vla_jax.deploy import export, policy, rollout
+from vla_jax.models.decode import Sampling
 from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
 from vla_jax.tokens import actions
 from vla_jax.train import checkpoint, loop
@@ -128,6 +129,7 @@ def test_policy_acts_in_a_process_that_never_trained(exported):
     code = f"""
 import sys
 from vla_jax.deploy.policy import Policy
+from vla_jax.models.decode import Sampling
 from vla_jax.tabletop.env import TabletopEnv
 ((chunk, valid),) = Policy.load({str(exported[2])!r}, robot="tabletop_arm").act([TabletopEnv("tabletop_arm").reset(0)])
 assert valid and chunk.shape == (2, 3)
@@ -162,6 +164,19 @@ def test_wrong_observations_are_answered_with_what_was_expected(exported, change
     change(obs)
     with pytest.raises(ValueError, match=message):
         policy.Policy.load(exported[2], robot="tabletop_arm").act([obs])
+
+
+def test_a_head_that_was_not_trained_is_refused(exported):
+    with pytest.raises(UserError, match=r"head is 'flow', and .* was trained for tokens"):
+        policy.Policy.load(exported[2], robot="tabletop_arm", head="flow")
+
+
+def test_answers_are_drawn_if_asked_for(exported):
+    """The likeliest by default, others at a high temperature, the likeliest again among one."""
+    obs = TabletopEnv("tabletop_arm").reset(EVAL_SEED)
+    answer = lambda **how: policy.Policy.load(exported[2], robot="tabletop_arm", **how).act([obs])[0][0]
+    greedy, hot = answer(), answer(sampling=Sampling(50.0))
+    assert not np.array_equal(greedy, hot) and np.array_equal(greedy, answer(sampling=Sampling(50.0, top_k=1)))
 
 
 def test_unknown_robot_and_damage(exported, tmp_path):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vla_jax import cli, sharding, tree
-from vla_jax.models import presets, pretrained, vla
+from vla_jax.models import presets, pretrained, vla, weight_files
 from vla_jax.models.presets import Language, Vision
 from vla_jax.train import loop
 from vla_jax.types import UserError
@@ -61,23 +61,30 @@ def test_big_vision_in_bfloat16(weights, tmp_path):
     np.savez(tmp_path / "w.npz", **half)
     same(load(tmp_path / "w.npz", "big_vision"), {path: w.astype(np.float32) for path, w in half.items()})
     np.savez(tmp_path / "o.npz", **{"img/x": np.array([{}], object)})
-    with pytest.raises(UserError, match="img/x holds object, not numbers"):
+    with pytest.raises(UserError, match="img/x holds object; only floating-point weights are read"):
         load(tmp_path / "o.npz", "big_vision")
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_openpi(weights, tmp_path, value):
-    """As openpi saves pi0-FAST: below params/PaliGemma, each leaf in a box `value` or not; other keys beside it are others' affair."""
+    """As openpi saves pi0-FAST: below params/PaliGemma, each leaf in a box `value` or not; the folder params itself will do."""
     boxed = tree.unflatten({path + ("/value" if value else ""): w for path, w in weights.items()})
     with ocp.PyTreeCheckpointer() as writer:
-        writer.save(tmp_path / "step" / "params", {"params": {"PaliGemma": boxed, "other": {"w": np.zeros(3)}}})
+        writer.save(tmp_path / "step" / "params", {"params": {"PaliGemma": boxed}})
+        writer.save(tmp_path / "more" / "params", {"params": {"PaliGemma": boxed, "head_of_mine": {"w": np.zeros(3)}}})
     same(load(tmp_path / "step", "openpi"), weights)
+    same(load(tmp_path / "step" / "params", "openpi"), weights)
+    with pytest.raises(UserError, match=r"superfluous: head_of_mine/w \(3,\)"):
+        load(tmp_path / "more", "openpi")
+    (tmp_path / "step" / "params" / "_METADATA").unlink()
+    with pytest.raises(UserError, match="no Orbax checkpoint, or a damaged one"):
+        load(tmp_path / "step", "openpi")
 
 
 def as_hf(weights, cfg):
     """The tensors by transformers' present names, by inverting each leaf's map on a grid of places."""
     out = {}
-    for path, (names, make) in pretrained._hf_map(cfg).items():
+    for path, (names, make) in weight_files.hf_map(cfg).items():
         stacked = "{}" in names[0]
         for i in range(weights[path].shape[0] if stacked else 1):
             want = weights[path][i] if stacked else weights[path]
@@ -155,7 +162,8 @@ def test_hf_names_of_all_ages(weights, tmp_path, style):
     from safetensors.numpy import save_file
 
     tensors = named(as_hf(weights, small()), style)
-    tensors["lm_head.weight"] = np.zeros((384, 48), np.float32)
+    tensors["lm_head.weight"] = weights["llm/embedder/input_embedding"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
     half = sorted(tensors)[::2]
     save_file({n: tensors[n] for n in half}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({n: tensors[n] for n in tensors if n not in half}, tmp_path / "model-00002-of-00002.safetensors")
@@ -170,6 +178,88 @@ def test_hf_names_of_all_ages(weights, tmp_path, style):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
         load(tmp_path, "hf")
+
+
+def test_hf_files_that_do_not_fit_are_told_tensor_by_tensor(weights, tmp_path):
+    """One of many layers missing, of another shape, or too much; quantised; not tied; not finite."""
+    from safetensors.numpy import save_file
+
+    good = named(as_hf(weights, small()), "transformers 4.52")
+    at = "model.language_model.layers.1.input_layernorm.weight"
+    query = "model.language_model.layers.1.self_attn.q_proj.weight"
+    assert at in good and query in good
+
+    def said(change):
+        save_file(
+            good | change if isinstance(change, dict) else {n: w for n, w in good.items() if n != change}, tmp_path / "model.safetensors"
+        )
+        with pytest.raises(UserError) as e:
+            load(tmp_path, "hf")
+        return str(e.value)
+
+    text = said(query)
+    assert "missing tensor: language.layers.1.self_attn.q_proj.weight" in text and "superfluous" not in text
+    assert f"{at}: expected (48,), as in layer 0, found (1,)" in said({at: np.ones(1, np.float32)})
+    assert f"{query}: expected" in said({query: good[query][:-1]})
+    assert "superfluous tensor: model.language_model.layers.9.mlp.up_proj.weight (3,)" in said(
+        {"model.language_model.layers.9.mlp.up_proj.weight": np.zeros(3, np.float32)}
+    )
+    assert f"{at} holds I8" in said({at: np.ones(48, np.int8)})
+    assert "lm_head.weight differs from" in said({"lm_head.weight": weights["llm/embedder/input_embedding"] + 1})
+    assert "llm/layers/pre_attention_norm/scale cannot be taken" in said({at: np.full(48, np.nan, np.float32)})
+    embed = next(n for n in good if n.endswith("embed_tokens.weight"))
+    save_file({"lm_head.weight" if n == embed else n: w for n, w in good.items()}, tmp_path / "model.safetensors")
+    same(load(tmp_path, "hf"), weights)  # a tied table that was kept under its other name
+
+
+def test_siglip_as_big_vision_publishes_it_beside_gemma_of_another_format(weights, tmp_path, capsys):
+    """Layers apart, a pooling head and a text side of its own."""
+    from safetensors.numpy import save_file
+
+    apart = {}
+    for path, w in weights.items():
+        if path.startswith("img/Transformer/encoderblock/"):
+            apart |= {path.replace("encoderblock/", f"encoderblock_{i}/"): layer for i, layer in enumerate(w)}
+        elif path.startswith("img/") and not path.startswith("img/head/"):
+            apart[path] = w
+    apart |= {"img/MAPHead_0/probe": np.zeros((1, 1, 40)), "txt/head/kernel": np.zeros((2, 2)), "t": np.zeros(1)}
+    np.savez(tmp_path / "siglip.npz", **{f"params/{p}": w for p, w in apart.items()})
+    tensors = named(as_hf(weights, small()), "transformers 5")
+    (tmp_path / "gemma").mkdir()
+    save_file({n: w for n, w in tensors.items() if "language_model" in n}, tmp_path / "gemma" / "model.safetensors")
+    command = [
+        "import",
+        str(tmp_path / "siglip.npz"),
+        "--format=big_vision",
+        "--preset=small",
+        "--image-size=32",
+        f"--out={tmp_path / 'out'}",
+    ]
+    assert cli.main(command) == 2 and "holds no embedding of tokens: give a decoder's weights, too, with --more" in capsys.readouterr().err
+    assert cli.main([*command, f"--more={tmp_path / 'gemma'}", "--more-format=hf"]) == 0
+    got = load(tmp_path / "out", "native")
+    assert all(np.array_equal(got[p], w) for p, w in weights.items() if not p.startswith("img/head/"))
+    with pytest.raises(UserError, match="both hold llm/embedder"):
+        load(tmp_path / "gemma", "hf", more=tmp_path / "gemma")
+    del apart["img/Transformer/encoderblock_1/LayerNorm_0/scale"]
+    np.savez(tmp_path / "siglip.npz", **apart)
+    with pytest.raises(UserError, match="missing: img/Transformer/encoderblock_1/LayerNorm_0/scale"):
+        load(tmp_path / "siglip.npz", "big_vision", more=tmp_path / "gemma", more_kind="hf")
+
+
+def test_damaged_and_quantised_npz(weights, tmp_path):
+    np.savez(tmp_path / "w.npz", **weights)
+    raw = bytearray((tmp_path / "w.npz").read_bytes())
+    at = raw.find(weights["llm/layers/mlp/linear"].tobytes()[:64])
+    raw[at + 100] ^= 1
+    (tmp_path / "w.npz").write_bytes(raw)
+    with pytest.raises(UserError, match="llm/layers/mlp/linear cannot be taken from .*CRC"):
+        load(tmp_path / "w.npz", "big_vision")
+    np.savez(tmp_path / "q.npz", **(weights | {"img/head/bias": np.zeros(48, np.int8)}))
+    with pytest.raises(UserError, match="holds int8; only floating-point weights are read"):
+        load(tmp_path / "q.npz", "big_vision")
+    with pytest.raises(UserError, match="is a folder; weights of big_vision are one .npz file"):
+        load(tmp_path, "big_vision")
 
 
 def test_siglip_and_gemma_from_two_folders_that_transformers_wrote(tmp_path):
@@ -276,7 +366,7 @@ def test_each_layer_is_read_once_and_no_device_holds_more_than_its_share(stacked
     """However a leaf is divided, over its layers too, and over devices that hold the same part."""
     whole = np.random.default_rng(0).normal(size=(4, 8, 6)).astype(np.float32)
     read = []
-    leaf = pretrained.Leaf(whole.shape, stacked, lambda i: (read.append(i), whole[i] if stacked else whole)[1])
+    leaf = weight_files.Leaf(whole.shape, stacked, lambda i: (read.append(i), whole[i] if stacked else whole)[1])
     mesh = sharding.make_mesh(2, 2, 2)
     for spec in (P(None, "fsdp", "tensor"), P("data", ("fsdp", "tensor")), P(), P("tensor")):
         read.clear()

@@ -94,9 +94,10 @@ class Train:
     objective: str = "tokens"  # tokens (cross-entropy of action tokens) | flow (the expert's velocities) | both
     insulate: bool = True  # with both: no gradient of the velocities reaches the decoder
     flow_weight: float = 1.0  # of the flow loss beside that of the tokens
-    lora_rank: int = 0  # adapters on the weights of lora_on are trained, and nothing else; 0: all weights are
+    lora_rank: int = 0  # adapters on the weights of lora_on are trained instead of them; 0: all weights are
     lora_alpha: float = 16.0
     lora_on: tuple[str, ...] = ("llm/layers/attn/.*", "llm/layers/mlp/.*")  # regular expressions on paths of parameters
+    lora_also: tuple[str, ...] = ("state/.*", "expert/.*")  # trained whole beside the adapters, where the model has them
     freeze: tuple[str, ...] = ()  # parameters that are not trained, likewise
     lr: float = 3e-4
     lr_end: float = 0.1  # final learning rate as a fraction of lr (cosine)
@@ -132,6 +133,8 @@ _RANGES = {
     "mesh.fsdp": (-1, math.inf),
     "mesh.tensor": (-1, math.inf),
     "train.lora_rank": (0, 4096),
+    "train.lora_alpha": (1e-9, math.inf),
+    "train.flow_weight": (1e-9, math.inf),
     "train.seed": (0, 2**31 - 1),
     "train.lr_end": (0.0, 1.0),
     "train.warmup": (0, math.inf),

@@ -26,8 +26,10 @@ def run(*, repeats: int, preset: str, dtype: str, rows: tuple[int, ...], prompt:
     from vla_jax.models import decode, incremental, presets, vla
     from vla_jax.types import Batch
 
-    if tokens <= _SHORT:
-        raise UserError(f"--tokens {tokens}: give more than {_SHORT}")
+    if tokens < 4 * _SHORT:
+        raise UserError(f"--tokens {tokens} leaves too little to be timed; give {4 * _SHORT} or more")
+    if prompt <= 256:
+        raise UserError(f"--prompt {prompt} has no room for the 256 tokens of an image; give more")
     patch = presets.parts(preset)[0].patch
     cfg = presets.resolve(preset, vocab=4096, image_size=16 * patch, state_dim=0, dtype=dtype, remat="none")
     params = jax.jit(lambda k: vla.cast(cfg, vla.init(cfg, k)))(jax.random.key(0))

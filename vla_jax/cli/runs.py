@@ -24,6 +24,7 @@ def add(commands) -> None:
     p.add_argument("--out", required=True, type=folder, metavar="DIR")
     p.add_argument("--preset", default="3b", help="the model that it is (default: 3b, PaliGemma)")
     p.add_argument("--more", default="", metavar="SRC", help="a second file: SigLIP and Gemma from two")
+    p.add_argument("--more-format", default="", choices=("hf", "big_vision", "openpi"), help="of the second file (default: --format)")
     p.add_argument("--image-size", type=positive, default=224, help="positions are resized to it (default: 224)")
     p.add_argument(
         "--vocab", type=positive, default=0, help="rows of the embedding to take (default: all; PaliGemma has 257152 before padding)"
@@ -101,11 +102,11 @@ def _import(args) -> int:
         raise UserError(f"{args.out} exists. Give a new folder.")
     from vla_jax.train import state
 
-    found = state.convert(
-        args.source, args.format, args.out, preset=args.preset, more=args.more, image_size=args.image_size, vocab=args.vocab
-    )
+    second = {"more": args.more, "more_kind": args.more_format}
+    found = state.convert(args.source, args.format, args.out, preset=args.preset, image_size=args.image_size, vocab=args.vocab, **second)
     expert = found.get("expert", {})
     said = f"; with an action expert: model.expert={expert['preset'] or expert}, model.expert_dims={expert['action_dim']}" if expert else ""
+    said += f"; positions {found['positions']}" if "positions" in found else ""
     print(f"{args.out}: {found['parameters']:,} parameters, {found['text_vocab']} rows of the embedding{said}")
     return 0
 

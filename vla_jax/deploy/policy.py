@@ -16,6 +16,7 @@ from vla_jax.data.stats import Normalizer
 from vla_jax.deploy import export
 from vla_jax.models import presets, vla
 from vla_jax.models.act import Actor, Request
+from vla_jax.models.decode import GREEDY, Sampling
 from vla_jax.tokens import files, text
 from vla_jax.tokens.actions import MALFORMED
 from vla_jax.tokens.sequence import Embodiment, Layout
@@ -38,12 +39,12 @@ class Policy:
     actor: Actor
 
     @classmethod
-    def load(cls, folder: str | Path, *, robot: str = "", head: str = "", mesh=None) -> Policy:
-        """`robot`: the name of a card in the export; may be left out when there is only one. head, mesh: see load_all.
+    def load(cls, folder: str | Path, *, robot: str = "", head: str = "", mesh=None, sampling: Sampling = GREEDY) -> Policy:
+        """`robot`: the name of a card in the export; may be left out when there is only one. head, mesh, sampling: see load_all.
 
         Raises: UserError for a damaged export or an unknown robot.
         """
-        found = load_all(folder, head=head, mesh=mesh)
+        found = load_all(folder, head=head, mesh=mesh, sampling=sampling)
         if not robot and len(found) == 1:
             return next(iter(found.values()))
         if robot not in found:
@@ -121,10 +122,10 @@ class Policy:
         return Request(pixels, state, prompt, self.steps, len(dims))
 
 
-def load_all(folder: str | Path, *, head: str = "", mesh=None) -> dict[str, Policy]:
+def load_all(folder: str | Path, *, head: str = "", mesh=None, sampling: Sampling = GREEDY) -> dict[str, Policy]:
     """Every robot of an export, sharing one set of weights. head: tokens or flow; empty: flow where that was trained. mesh: of
     `sharding.make_mesh`, to divide a model over several devices (its axis `tensor`: each token then reads a share of the weights on
-    each). Raises: UserError."""
+    each). sampling: of tokens, by temperature and top_k. Raises: UserError."""
     body, params, folder = export.read(folder)
     config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
     words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
@@ -141,8 +142,11 @@ def load_all(folder: str | Path, *, head: str = "", mesh=None) -> dict[str, Poli
     )
     if mesh is not None:
         params = jax.device_put(params, vla.shardings(cfg, mesh))
-    head = head or ("tokens" if config.train.objective == "tokens" else "flow")
-    actor, out = Actor(cfg, layout, params, head=head, mesh=mesh), {}
+    trained = ("flow", "tokens") if config.train.objective == "both" else (config.train.objective,)
+    head = head or trained[0]
+    if head not in trained:
+        raise UserError(f"head is {head!r}, and {folder} was trained for {' and '.join(trained)} (train.objective)")
+    actor, out = Actor(cfg, layout, params, head=head, mesh=mesh, sampling=sampling), {}
     for raw, numbers in zip(body["cards"], body["stats"]):
         card, s = cards.from_dict(raw, where=str(folder / "policy.json")), stats.from_json(numbers)
         out[card.name] = Policy(

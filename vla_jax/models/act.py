@@ -57,7 +57,7 @@ class Actor:
         self.language = Language.of(layout)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())  # answers, on every process
         integrate = functools.partial(decode.integrate, cfg, steps=flow_steps)
-        self._integrate = jax.jit(integrate, static_argnames=("shape",), out_shardings=whole)
+        self._integrate = jax.jit(integrate, static_argnames=("chunk",), out_shardings=whole)
         generate = functools.partial(decode.generate, cfg, language=self.language, sampling=sampling)
         self._generate = jax.jit(generate, static_argnames=("steps",), out_shardings=whole)
         with self._placed():
@@ -71,10 +71,11 @@ class Actor:
         self._calls += 1
         key = jax.random.fold_in(self._key, self._calls)
         if self.head == "flow":
-            shape = max(r.steps for r in requests), max(r.dims for r in requests)
+            dims = np.array([[r.dims] for r in requests] + [[0]] * (rows - len(requests)), np.int32)
             with self._placed():
-                chunks = np.asarray(self._integrate(self.params, self._batch(requests, rows), key, shape=shape))
-            return [(chunks[i, : r.steps, : r.dims], True) for i, r in enumerate(requests)]
+                batch = self._batch(requests, rows)
+                chunks = np.asarray(self._integrate(self.params, batch, key, chunk=max(r.steps for r in requests), dims=dims))
+            return [(chunks[i, 0, : r.steps, : r.dims], True) for i, r in enumerate(requests)]
         budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
         steps = self.language.longest(int(budget.max()))
         with self._placed():

@@ -42,7 +42,7 @@ class _Norm(nn.Module):
             return RMSNorm(name="plain")(x), 1
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
-        told = _Linear(3 * x.shape[-1], ("embed", None), nn.initializers.zeros, name="Dense_0")(condition)
+        told = _Linear(3 * x.shape[-1], ("embed", None), nn.initializers.zeros, name="Dense_0")(condition.astype(x.dtype))
         scale, shift, gate = jnp.split(told, 3, axis=-1)
         return (x32 * (1 + scale) + shift).astype(x.dtype), gate
 
@@ -73,7 +73,8 @@ class ActionExpert(nn.Module):
 
     @nn.compact
     def __call__(self, kv, seen, prefix, noisy, time, state, steps):
-        """Velocities f32[b g k a] of g samples in each of b rows.
+        """Velocities f32[b g k a] of g samples in each of b rows; a is action_dim, whatever the robots have. As in openpi, all but the
+        layers computes in float32.
 
         kv: the decoder's keys and values (k, v), each [layers b n kv hd]; seen bool[b g n]: which of them a sample's expert may see (its
         own prompt); prefix i32[b g]: their number, after which its positions count on; noisy f32[b g k a]; time f32[b g], 1 = noise;
@@ -83,8 +84,8 @@ class ActionExpert(nn.Module):
         dtype = jnp.dtype(cfg.dtype)
         b, g, k, _ = noisy.shape
         dense = lambda name, axes=("embed", None), size=e.width: _Linear(size, axes, name=name)
-        x = dense("action_in_proj", (None, "embed"))(noisy.astype(dtype))
-        told = time_embedding(time, e.width).astype(dtype)
+        x = dense("action_in_proj", (None, "embed"))(noisy)
+        told = time_embedding(time, e.width)
         condition, first = None, 0
         if e.ada:
             told = nn.swish(dense("time_mlp_out")(nn.swish(dense("time_mlp_in")(told))))
@@ -92,7 +93,7 @@ class ActionExpert(nn.Module):
         else:
             x = jnp.concatenate([x, jnp.broadcast_to(told[:, :, None], x.shape)], axis=-1)
             x = dense("action_time_mlp_out")(nn.swish(dense("action_time_mlp_in")(x)))
-            x = jnp.concatenate([dense("state_proj", (None, "embed"))(state.astype(dtype))[:, :, None], x], axis=2)
+            x = jnp.concatenate([dense("state_proj", (None, "embed"))(state)[:, :, None], x], axis=2)
             first = 1
         t = first + k
         at = jnp.arange(t)
@@ -105,7 +106,7 @@ class ActionExpert(nn.Module):
         position = (prefix[..., None] + at).reshape(b, g * t)
         inner = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, width=e.width, mlp=e.mlp))
         layers = stack(_Block, cfg.language.depth, cfg.remat, in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))
-        x, _ = layers(inner, name="layers")(x.reshape(b, g * t, e.width), kv, position, mask, condition)
+        x, _ = layers(inner, name="layers")(x.reshape(b, g * t, e.width).astype(dtype), kv, position, mask, condition)
         x, _ = _Norm(name="final_norm")(x, condition)
         x = x.reshape(b, g, t, e.width)[:, :, first:]
-        return dense("action_out_proj", size=e.action_dim)(x).astype(jnp.float32)
+        return dense("action_out_proj", size=e.action_dim)(x.astype(jnp.float32))

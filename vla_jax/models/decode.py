@@ -91,7 +91,6 @@ def generate(
     hidden, cache = vla.prefill(cfg, params, batch)
     cache = incremental.open_cache(cache, steps * g)
     rows, begin = vla.embedding(params)[ids].astype(hidden.dtype), len(opening)
-    sample, when = jnp.arange(steps * g) % g, jnp.arange(steps * g) // g  # of the slots behind the row
 
     def choose(t, h, state, left, closed):
         """The token at place t, and where that leads: (token, state, left, closed), each i32[b g]."""
@@ -109,10 +108,8 @@ def generate(
 
     def body(carry):
         t, token, walk, out, cache = carry
-        own = (sample[None] == jnp.arange(g)[:, None]) & (when <= t)
-        visible = jnp.concatenate([seen, jnp.broadcast_to(own, (b, *own.shape))], axis=-1)
         x = vla.embedding(params)[token].astype(hidden.dtype) * jnp.asarray(cfg.language.width**0.5, hidden.dtype)
-        x, cache = incremental.step(cfg, layers, x, prefix + t, visible, cache, n + t * g)
+        x, cache = incremental.step(cfg, layers, x, prefix + t, incremental.visible(seen, steps, t), cache, n + t * g)
         token, *walk = choose(t + 1, rms(x, params["llm"]["final_norm"]["scale"]), *walk)
         return t + 1, token, tuple(walk), out.at[..., t + 1].set(token, mode="drop"), cache
 
@@ -125,14 +122,24 @@ def generate(
     return out, closed >= len(closing)
 
 
-def integrate(cfg: VLAConfig, params: dict, batch: Batch, key, *, shape: tuple[int, int], steps: int):
-    """Chunks f32[b k a] by the action expert: from noise (time 1) to actions (time 0) in `steps` steps of Euler's method. The prompt is
-    read once; each step sees its keys and values. One sample per row; shape: (k, a)."""
+def integrate(cfg: VLAConfig, params: dict, batch: Batch, key, *, chunk: int, dims, steps: int):
+    """Chunks f32[b g k a] by the action expert, k = chunk and a its action_dim: from noise (time 1) to actions (time 0) in `steps` steps of
+    Euler's method. The prompts are read once; each step sees their keys and values.
+
+    dims: i32[b g], how many numbers each robot has. Where it has none the way to zero is known and not asked for. A number's noise
+    depends on its row, sample, step and place alone, not on what else is in the batch.
+    """
+    params, cfg = vla.merged(cfg, params), dataclasses.replace(cfg, lora=None)
+    dims, most = jnp.asarray(dims), cfg.expert.action_dim
     _, kv = vla.prefill(cfg, params, batch)
-    noise = jax.random.normal(key, (len(batch.tokens), 1, *shape), jnp.float32)
+    places = jnp.stack(jnp.meshgrid(*map(jnp.arange, (*dims.shape, chunk)), indexing="ij"), axis=-1).reshape(-1, 3)
+    fold = lambda key, place: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1]), place[2])
+    noise = jax.vmap(lambda place: jax.random.normal(fold(key, place), (most,), jnp.float32))(places).reshape(*dims.shape, chunk, most)
+    real = jnp.arange(most) < dims[..., None, None]
 
     def step(i, x):
-        time = jnp.full(x.shape[:2], 1 - i / steps, jnp.float32)
-        return x - vla.velocity(cfg, params, kv, batch, x, time) / steps
+        now = 1 - i / steps
+        x = jnp.where(real, x, now * noise)
+        return x - vla.velocity(cfg, params, kv, batch, x, jnp.full(dims.shape, now, jnp.float32)) / steps
 
-    return jax.lax.fori_loop(0, steps, step, noise)[:, 0]
+    return jnp.where(real, jax.lax.fori_loop(0, steps, step, noise), 0)

@@ -38,6 +38,15 @@ def open_cache(cache, slots: int) -> list[tuple]:
     return [(place(k), place(v)) for k, v in zip(*cache)]
 
 
+def visible(seen, steps: int, t):
+    """bool[b g n + steps*g]: what the token of each sample at place t sees: its prompt (seen bool[b g n]), and of the slots behind the row, g
+    a step, its own up to and with t."""
+    b, g, _ = seen.shape
+    slot = jnp.arange(steps * g)
+    own = (slot % g == jnp.arange(g)[:, None]) & (slot // g <= t)
+    return jnp.concatenate([seen, jnp.broadcast_to(own, (b, *own.shape))], axis=-1)
+
+
 def step(cfg: VLAConfig, layers: list[dict], x, position, visible, cache: list[tuple], slot):
     """Embedded tokens x [b g d] at position i32[b g], which see the slots visible bool[b g s], themselves included; their keys and values
     are written from `slot` on. -> (x before the final norm, cache)."""

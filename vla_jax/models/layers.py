@@ -66,7 +66,7 @@ class LayerNorm(nn.Module):
 
 
 class Einsum(nn.Module):
-    """A named weight `w` applied by an einsum; the accumulation is in float32."""
+    """A named weight `w` applied by an einsum."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import tree
+from vla_jax.config import Train
 from vla_jax.types import UserError
 
 NAME = "lora"  # of the subtree
@@ -19,11 +20,10 @@ def adapted(shapes: dict, patterns: tuple[str, ...]) -> list[str]:
     Raises: UserError for a pattern that is none, matches nothing, or matches a leaf without two axes to factor.
     """
     flat, found = tree.flatten(shapes), []
+    if not patterns:
+        raise UserError("train.lora_rank is set and train.lora_on is empty: no weight would get an adapter")
     for pattern in patterns:
-        try:
-            hits = [p for p in flat if re.fullmatch(pattern, p) and not p.startswith(f"{NAME}/")]
-        except re.error as e:
-            raise UserError(f"train.lora_on {pattern!r} is no regular expression: {e}") from e
+        hits = [p for p in _matching("lora_on", pattern, flat) if not p.startswith(f"{NAME}/")]
         flatter = [p for p in hits if flat[p].ndim < 2 or p.endswith("input_embedding")]  # the loss takes the table as it is
         if not hits or flatter:
             what = f"matches {flatter[0]}, which is no matrix" if flatter else f"matches none of the {len(flat)} parameters"
@@ -63,21 +63,42 @@ def merge(params: dict, alpha: float) -> dict:
     return tree.unflatten(flat)
 
 
-def trainable(params: dict, freeze: tuple[str, ...]) -> dict:
-    """A tree of bools: the adapters alone where there are any, else all but what a pattern of `freeze` matches.
+def trainable(params: dict, train: Train) -> dict:
+    """A tree of bools: all parameters, or where there are adapters those and what `lora_also` matches; less what `freeze` matches, and
+    less the expert where the objective has no part for it.
 
-    Raises: UserError for a pattern that is none or matches nothing, or when nothing is left to train.
+    Raises: UserError for a pattern that is none or matches nothing, or when a loss of the objective would reach nothing that is trained.
     """
     flat = tree.flatten(params)
-    out = {p: NAME not in params or p.startswith(f"{NAME}/") for p in flat}
-    for pattern in freeze:
-        try:
-            hits = [p for p in flat if re.fullmatch(pattern, p)]
-        except re.error as e:
-            raise UserError(f"train.freeze {pattern!r} is no regular expression: {e}") from e
+    of_expert = lambda path: path.removeprefix(f"{NAME}/").startswith("expert/")
+    out = dict.fromkeys(flat, True)
+    if NAME in params:
+        also = {p for pattern in train.lora_also for p in _matching("lora_also", pattern, flat)}
+        out = {p: p.startswith(f"{NAME}/") or p in also for p in flat}
+    for pattern in train.freeze:
+        hits = _matching("freeze", pattern, flat)
         if not hits:
             raise UserError(f"train.freeze {pattern!r} matches none of the {len(flat)} parameters, named like {next(iter(flat))}")
         out |= dict.fromkeys(hits, False)
-    if not any(out.values()):
-        raise UserError(f"train.freeze {', '.join(freeze)} leaves nothing to train")
+    if train.objective == "tokens":
+        out |= {p: False for p in flat if of_expert(p)}
+    reached = {}
+    if train.objective != "flow":
+        reached["tokens"] = [p for p in flat if not of_expert(p)]
+    if train.objective != "tokens":
+        bound = train.objective == "both" and train.insulate
+        reached["flow"] = [p for p in flat if of_expert(p) or not bound]
+    for loss, paths in reached.items():
+        if not any(out[p] for p in paths):
+            raise UserError(
+                f"train.objective={train.objective}, and nothing that the loss of the {loss} reaches is trained. Change train.freeze"
+                + (", train.lora_on or train.lora_also." if NAME in params else ".")
+            )
     return tree.unflatten(out)
+
+
+def _matching(setting: str, pattern: str, paths) -> list[str]:
+    try:
+        return [p for p in paths if re.fullmatch(pattern, p)]
+    except re.error as e:
+        raise UserError(f"train.{setting} {pattern!r} is no regular expression: {e}") from e

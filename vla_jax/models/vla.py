@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -73,10 +75,9 @@ class _VLA(nn.Module):
         return x, self.velocity(kv, *prompts(segment, block, noisy.shape[1]), noisy, time, state, chunk)
 
     def velocity(self, kv, seen, prefix, noisy, time, state, chunk):
-        """See ActionExpert; actions and states of fewer dims than its own are filled up with zeros, and cut off again."""
-        dims, own = noisy.shape[-1], self.cfg.expert.action_dim
-        fill = lambda x: jnp.pad(x[..., :own], [(0, 0)] * (x.ndim - 1) + [(0, max(0, own - x.shape[-1]))])
-        return self.expert(kv, seen, prefix, fill(noisy), time, fill(state), chunk)[..., :dims]
+        """See ActionExpert; states of fewer dims than its own are filled up with zeros."""
+        fill = [(0, 0), (0, 0), (0, max(0, self.cfg.expert.action_dim - state.shape[-1]))]
+        return self.expert(kv, seen, prefix, noisy, time, jnp.pad(state[..., : self.cfg.expert.action_dim], fill), chunk)
 
 
 def mask(segment, block):
@@ -147,7 +148,10 @@ def logits(cfg: VLAConfig, params: dict, hidden):
 
 
 def flow(cfg: VLAConfig, params: dict, batch, noisy, time, *, insulated: bool):
-    """types.Batch, noisy actions f32[b g k a] and their time f32[b g] (1 = noise) -> (hidden as `apply`, velocities f32[b g k a])."""
+    """types.Batch, noisy actions f32[b g k a] and their time f32[b g] (1 = noise) -> (hidden as `apply`, velocities f32[b g k a]).
+
+    a is cfg.expert.action_dim for every robot: numbers that it does not have are zero as actions, and noise as noise (openpi).
+    """
     args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state, noisy, time, batch.chunk)
     return _VLA(cfg, keep_kv=True).apply({"params": merged(cfg, params)}, *args, insulated, method=_VLA.flow)
 
@@ -165,8 +169,9 @@ def prefill(cfg: VLAConfig, params: dict, batch):
 
 
 def cast(cfg: VLAConfig, params: dict) -> dict:
-    """The parameters as a forward pass uses them: matrices in the compute dtype, norms and the projected state in float32. The same
+    """The parameters as a forward pass uses them: matrices in the compute dtype, norms and what projects
+    states, actions and times in float32. The same
     results, from half the memory where that dtype has half the bits."""
     flat = tree.flatten(params)
-    kept = lambda path: "norm" in path.lower() or path.startswith("state/")
+    kept = lambda path: "norm" in path.lower() or re.match(r"state/|expert/(?!layers/)", path)
     return tree.unflatten({p: w if kept(p) else w.astype(jnp.dtype(cfg.dtype)) for p, w in flat.items()})

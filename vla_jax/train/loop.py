@@ -61,7 +61,13 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     )
     if config.train.lora_rank:
         cfg = dataclasses.replace(cfg, lora=Lora(config.train.lora_rank, config.train.lora_alpha, config.train.lora_on))
-    lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train.freeze)  # patterns are checked
+    trained = lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train)  # patterns are checked
+    drawn = source.layout.vocab_size - source.layout.text.vocab_size
+    if config.model.init and config.train.objective != "flow" and drawn and not vla.embedding(trained):
+        raise UserError(
+            f"the rows of the embedding for {drawn} action tokens are not in model.init, and would stay random: add 'llm/embedder/.*' to "
+            "train.lora_also (with train.freeze: take it out), or use tokens.layout=openpi, whose ids are the text model's."
+        )
     with jax.set_mesh(mesh):
         attention.check(cfg)
     if cfg.expert and max(source.shape[1:]) > cfg.expert.action_dim:

@@ -37,6 +37,11 @@ def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float 
     return {"nll": join(nll), "correct": join(correct), "weight": weight, "position": position}
 
 
+def widened(x, dims: int):
+    """x [.. a] with zeros (or False) behind, up to [.. dims]."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, dims - x.shape[-1])])
+
+
 def draw_flow(key, actions):
     """Noise and time of a step: (noisy f32[b g k a], time f32[b g], target f32[b g k a]). The path runs straight from the actions
     (time 0) to noise (time 1) and its velocity is the target; times near 1 come more often: beta(1.5, 1) (pi0)."""

@@ -16,19 +16,14 @@ def schedule(train: Train) -> optax.Schedule:
 
 
 def make(train: Train) -> optax.GradientTransformation:
-    """Weight decay leaves vectors alone: norms, biases, scales (rank 1 without the stacked layer axis)."""
+    """Weight decay leaves vectors alone: norms' scales and biases, also those that are stacked by layer or split by head."""
 
     def decayed(params):
-        flat = jax.tree_util.tree_map_with_path(
-            lambda path, p: p.ndim - any(getattr(k, "key", "") in ("layers", "encoderblock") for k in path) > 1, params
-        )
-        return flat
+        return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and path[-1].key not in ("bias", "scale"), params)
 
     tx = optax.chain(
         optax.clip_by_global_norm(train.clip),
         optax.adamw(schedule(train), b1=0.9, b2=train.b2, weight_decay=train.weight_decay, mask=decayed),
     )
-    if not (train.lora_rank or train.freeze):
-        return tx
-    which = lambda params: jax.tree.map(lambda t: "train" if t else "keep", lora.trainable(params, train.freeze))
+    which = lambda params: jax.tree.map(lambda t: "train" if t else "keep", lora.trainable(params, train))
     return optax.multi_transform({"train": tx, "keep": optax.set_to_zero()}, which)  # what is kept costs no optimizer state

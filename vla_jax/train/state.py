@@ -13,7 +13,7 @@ from vla_jax import tree
 from vla_jax.models import presets, pretrained, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import make_mesh
-from vla_jax.types import TrainState
+from vla_jax.types import TrainState, UserError
 
 jax.tree_util.register_dataclass(TrainState, [f.name for f in dataclasses.fields(TrainState)], [])
 
@@ -42,18 +42,24 @@ def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_em
     return abstract, TrainState(whole, specs, opt, specs if with_ema else None, whole)
 
 
-def convert(source: str, kind: str, out: str, *, preset: str, more: str, image_size: int, vocab: int) -> dict:
+def convert(source: str, kind: str, out: str, *, preset: str, image_size: int, vocab: int = 0, more: str = "", more_kind: str = "") -> dict:
     """Weights of others -> a folder for `model.init`, through the devices' memory, sharded over all of them; with the action expert
     that the file has. Returns what it writes about them. Raises: UserError."""
     mesh = make_mesh(1, -1, 1)
     cfg = presets.resolve(preset, vocab=128, image_size=image_size, state_dim=0, dtype="float32", remat="none")
-    found = [pretrained.survey(place, kind, cfg) for place in (source, more) if place]
-    vocab = vocab or next((rows for rows, _ in found if rows), 0)
-    cfg = dataclasses.replace(cfg, vocab=-(-vocab // 128) * 128, expert=next((e for _, e in found if e), None))
+    found = [pretrained.survey(place, of, cfg) for place, of in ((source, kind), (more, more_kind or kind)) if place]
+    vocab = vocab or max(f["rows"] for f in found)
+    if not vocab:
+        raise UserError(f"{source} holds no embedding of tokens: give a decoder's weights, too, with --more")
+    cfg = dataclasses.replace(cfg, vocab=-(-vocab // 128) * 128, expert=next((f["expert"] for f in found if f["expert"]), None))
     with jax.set_mesh(mesh):
-        params = pretrained.load(source, kind, cfg, vla.shardings(cfg, mesh), text_vocab=vocab, more=more)
+        where = vla.shardings(cfg, mesh)
+        params = pretrained.load(source, kind, cfg, where, text_vocab=vocab, more=more, more_kind=more_kind)
     about = {"format": "vla_jax.import.1", "source": str(source), "more": str(more), "kind": kind, "preset": preset}
     about |= {"image_size": image_size, "text_vocab": vocab, "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    side, was = image_size // cfg.vision.patch, max(f["side"] for f in found)
+    if side != was:
+        about["positions"] = f"resized from {was} x {was} to {side} x {side}"
     if cfg.expert:
         name = next((n for n, size in presets.EXPERTS.items() if size == (cfg.expert.width, cfg.expert.mlp)), "")
         about["expert"] = dataclasses.asdict(cfg.expert) | {"preset": f"{name}{':ada' * cfg.expert.ada}" if name else ""}

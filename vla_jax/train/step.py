@@ -20,14 +20,15 @@ def loss_fn(params, config: Config, cfg: VLAConfig, batch: Batch, key, *, datase
     """-> (loss, sums by dataset; see losses). Of the tokens: mean over samples of the mean nll of their targets; of the flow: mean over
     samples of the mean square error of their velocities; `train.objective` says which, or both in one pass. key: of noise and times."""
     t, loss, sums = config.train, 0.0, {}
-    if cfg.lora or t.freeze:  # no gradient is made of what is not trained
-        params = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), params, lora.trainable(params, t.freeze))
+    # no gradient is made of what is not trained
+    params = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), params, lora.trainable(params, t))
     if t.objective == "tokens":
         hidden = vla.apply(cfg, params, batch)
     else:
-        noisy, time, target = losses.draw_flow(key, batch.actions)
+        wide = lambda x: losses.widened(x, cfg.expert.action_dim)  # noise is the expert's, whatever a robot has
+        noisy, time, target = losses.draw_flow(key, wide(batch.actions))
         hidden, velocity = vla.flow(cfg, params, batch, noisy, time, insulated=t.objective == "both" and t.insulate)
-        flow, real = losses.flow_loss(velocity, target, batch.action_mask)
+        flow, real = losses.flow_loss(velocity, target, wide(batch.action_mask))
         loss += t.flow_weight * (flow * real).sum() / jnp.maximum(real.sum(), 1)
         sums |= losses.flow_per_dataset(flow, real, batch.dataset, datasets)
     if t.objective != "flow":
