@@ -10,7 +10,7 @@ demo: setup
 	@.venv/bin/vla-jax demo $(ARGS)
 
 test: setup
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	@.venv/bin/python -m ruff check .

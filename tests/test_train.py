@@ -139,7 +139,7 @@ def test_state_is_sharded_where_the_mesh_says(tiny, tmp_path):
     run = loop.prepare(tiny("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"), tmp_path)
     tx = optim.make(run.config.train)
     current = state.create(run.cfg, tx, run.mesh, seed=0, with_ema=True)
-    for group in (current.params, current.ema, current.opt_state[1][0].mu):
+    for group in (current.params, current.ema, current.opt_state.inner_states["train"].inner_state[1][0].mu):
         leaf = tree.flatten(group)["llm/layers/mlp/linear"]
         assert leaf.addressable_shards[0].data.shape == (leaf.shape[0], leaf.shape[1] // 2, leaf.shape[2] // 4)
     assert current.step.sharding.is_fully_replicated
