@@ -155,8 +155,7 @@ def batch_of(rows, samples=3, dims=6, length=LENGTH * 3):
             out["block"][r, span] = np.maximum(np.arange(n) - s["prompt"] + 1, 0)
             noisy[r, g, : len(s["noisy"])], time[r, g], robot[r, g], chunk[r, g] = s["noisy"], s["time"], s["state"], len(s["noisy"])
             at += n
-    rest = {f.name: None for f in dataclasses.fields(Batch)}
-    batch = Batch(**(rest | out | {"images": np.zeros((b, 1, 16, 16, 3), np.uint8), "state": robot, "chunk": chunk}))
+    batch = Batch(**(out | {"images": np.zeros((b, 1, 16, 16, 3), np.uint8), "state": robot, "chunk": chunk}))
     return batch, jnp.asarray(noisy), jnp.asarray(time)
 
 

@@ -1,6 +1,5 @@
 """Every kernel against plain XLA: splash in interpret mode and compiled ahead of time for TPUs, cuDNN where there is a GPU."""
 
-import dataclasses
 import functools
 import os
 
@@ -140,7 +139,7 @@ def test_a_training_step_with_splash_compiles_for_a_tpu(topology, tiny, tmp_path
     kind = {"images": jnp.uint8, "loss_weight": jnp.float32, "state": jnp.float32, "actions": jnp.float32, "action_mask": jnp.bool_}
     place = sharding.batch_sharding(mesh)
     made = {f: jax.ShapeDtypeStruct(s, kind.get(f, jnp.int32), sharding=place) for f, s in shape.items()}
-    batch = Batch(**({f.name: None for f in dataclasses.fields(Batch)} | made))
+    batch = Batch(**made)
     with jax.set_mesh(mesh):
         attention.check(cfg)
         made = step.make_train_step(config, cfg, tx, mesh, where, datasets=3)
@@ -171,9 +170,7 @@ def test_a_gpu_takes_cudnn_by_itself():
     params = jax.jit(vla.init, static_argnums=0)(cfg, jax.random.key(0))
     ints = jnp.ones((2, 256), jnp.int32)
     position = jnp.broadcast_to(jnp.arange(256), (2, 256))
-    batch = Batch(**({f.name: None for f in dataclasses.fields(Batch)} | {
-        "images": jnp.zeros((2, 1, 48, 48, 3), jnp.uint8), "tokens": ints, "segment": ints, "position": position, "block": position,
-        "state": jnp.zeros((2, 1, 1)),
-    }))  # fmt: skip
+    images, robot = jnp.zeros((2, 1, 48, 48, 3), jnp.uint8), jnp.zeros((2, 1, 1))
+    batch = Batch(images=images, tokens=ints, segment=ints, position=position, block=position, state=robot)
     text = jax.jit(functools.partial(vla.apply, cfg)).lower(params, batch).as_text()
     assert "cudnn$fmha" in text or "__cudnn" in text

@@ -133,8 +133,7 @@ def batch_of(cfg, rows, n):
             out["position"][i, span] = np.arange(len(tokens))
             images[i, g], state[i, g] = image, s
             at += len(tokens)
-    rest = {f.name: None for f in dataclasses.fields(Batch) if f.name not in out}
-    return Batch(**{**rest, **out, "images": images, "state": state})
+    return Batch(**{**out, "images": images, "state": state})
 
 
 def test_packed_rows_equal_the_same_samples_alone(cfg, params):

@@ -102,8 +102,7 @@ def ours(batch_of, length):
             out["block"][r, span] = np.maximum(np.arange(len(tokens)) - (len(tokens) - len(suffix)) + 1, 0)
             images[r, slot : slot + len(pictures)] = pictures
             at, slot = at + len(tokens), slot + len(pictures)
-    rest = {f.name: None for f in dataclasses.fields(Batch)} | {"state": np.zeros((rows, 1, 1), np.float32)}
-    return Batch(**(rest | out | {"images": images}))
+    return Batch(**out, images=images, state=np.zeros((rows, 1, 1), np.float32))
 
 
 def theirs(sample, pad=0):

@@ -190,9 +190,11 @@ class Config:
             d["train"].pop(key)
         for group, key in (
             ("model", "init"),
+            ("model", "attention"),
+            ("model", "remat"),
             ("tokens", "action_path"),
             ("tokens", "text_model"),
-        ):  # where, not what: that is compared by content
+        ):  # where or how, not what: files are compared by content
             d[group].pop(key)
         d.pop("mesh")
         return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:16]

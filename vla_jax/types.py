@@ -67,9 +67,9 @@ class Sample:
     sample_id: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Packed rows; a pytree. A row holds several samples one after another, told apart by `segment`.
+    """Packed rows; a pytree. What only training and its metrics need may be left out. A row holds several samples one after another, told apart by `segment`.
 
     images u8[b m h w 3] stand in the order of their IMAGE placeholders in `tokens`; tokens i32[b n];
     segment i32[b n] (0 = padding, 1.. = sample); position i32[b n] counts within a sample; block i32[b n]: a token
@@ -85,13 +85,13 @@ class Batch:
     segment: Any
     position: Any
     block: Any
-    target: Any
-    loss_weight: Any
+    target: Any = None
+    loss_weight: Any = None
     state: Any
-    actions: Any
-    action_mask: Any
-    dataset: Any
-    sample_id: Any
+    actions: Any = None
+    action_mask: Any = None
+    dataset: Any = None
+    sample_id: Any = None
     change: Any = None
     chunk: Any = None
 

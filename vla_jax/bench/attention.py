@@ -14,8 +14,8 @@ SHAPES = (
 
 
 def run(*, repeats: int) -> Iterator[dict]:
-    """Forward and backward in bfloat16, packed rows of four samples. gflops counts the two products forward and five backward of a full square;
-    XLA's are the same products, so `speedup` is a ratio of times. Kernels that this platform lacks are left out."""
+    """Forward and backward in bfloat16, packed rows of four samples. ratio: of the two products forward and four backward, over the full square, to
+    the device's own product; what a kernel computes again or skips is not counted. Kernels that this platform lacks are left out."""
     import functools
 
     import jax
@@ -39,7 +39,7 @@ def run(*, repeats: int) -> Iterator[dict]:
             one = functools.partial(attention.attention, mask=mask, kernel=kernel)
             step = jax.jit(lambda q, k, v, g, one=one: jax.vjp(one, q, k, v)[1](g))
             times[kernel] = seconds(repeats, step, q * hd**-0.5, k, v, g)
-            flops = 2 * 7 * b * heads * n * n * hd
+            flops = 2 * 6 * b * heads * n * n * hd
             yield {
                 "shape": name,
                 "rows": b,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 from vla_jax.bench.run import seconds
@@ -52,7 +51,7 @@ def run(*, repeats: int, preset: str, dtype: str, rows: tuple[int, ...], prompt:
         place = np.broadcast_to(np.arange(prompt, dtype=np.int32), (b, prompt))
         given = {"images": np.zeros((b, 1, cfg.image_size, cfg.image_size, 3), np.uint8), "tokens": ids, "position": place}
         given |= {"segment": np.ones_like(ids), "block": np.zeros_like(ids), "state": np.zeros((b, 1, 1), np.float32)}
-        batch = jax.device_put(Batch(**({f.name: None for f in dataclasses.fields(Batch)} | given)))
+        batch = jax.device_put(Batch(**given))
         cost = {n: seconds(repeats, generate, params, layers, batch, np.full((b, 1), n, np.int32), n) for n in (_SHORT, tokens)}
         step = (cost[tokens] - cost[_SHORT]) / (tokens - _SHORT)
         cache = b * (prompt + tokens) * c.depth * 2 * c.kv_heads * c.head_dim * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -69,12 +70,19 @@ def seconds(repeats: int, call, *args) -> float:
 
 def product_rate(dtype, repeats: int) -> float:
     """FLOP/s of this device's own matrix product: several in a row of 8192 x 8192 (2048 on CPU), so that the call has no part in it."""
+    chain, x, flops = _products(dtype)
+    return flops / seconds(repeats, chain, x)
+
+
+@functools.cache
+def _products(dtype):
+    """(some products in a row, of what, how many FLOP): compiled once, though their rate is taken often."""
     import jax
 
     side, times = (2048, 2) if jax.default_backend() == "cpu" else (8192, 20)
     x = jax.random.normal(jax.random.key(0), (side, side), dtype) * side**-0.5
     chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x))
-    return 2 * side**3 * times / seconds(repeats, chain, x)
+    return chain, x, 2 * side**3 * times
 
 
 def stamp() -> dict:

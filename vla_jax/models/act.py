@@ -76,7 +76,7 @@ class Actor:
                 batch = self._batch(requests, rows)
                 chunks = np.asarray(self._integrate(self.params, batch, key, chunk=max(r.steps for r in requests), dims=dims))
             return [(chunks[i, 0, : r.steps, : r.dims], True) for i, r in enumerate(requests)]
-        budget = np.array([r.steps * r.dims for r in requests] + [1] * (rows - len(requests)), np.int32)
+        budget = np.array([r.steps * r.dims for r in requests] + [0] * (rows - len(requests)), np.int32)
         steps = self.language.longest(int(budget.max()))
         with self._placed():
             batch = self._batch(requests, rows)
@@ -112,11 +112,5 @@ class Actor:
             position=position,
             block=np.zeros((rows, n), np.int32),
             state=state,
-            target=None,
-            loss_weight=None,
-            actions=None,
-            action_mask=None,
-            dataset=None,
-            sample_id=None,
             chunk=chunk,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -132,9 +133,10 @@ def integrate(cfg: VLAConfig, params: dict, batch: Batch, key, *, chunk: int, di
     params, cfg = vla.merged(cfg, params), dataclasses.replace(cfg, lora=None)
     dims, most = jnp.asarray(dims), cfg.expert.action_dim
     _, kv = vla.prefill(cfg, params, batch)
-    places = jnp.stack(jnp.meshgrid(*map(jnp.arange, (*dims.shape, chunk)), indexing="ij"), axis=-1).reshape(-1, 3)
-    fold = lambda key, place: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1]), place[2])
-    noise = jax.vmap(lambda place: jax.random.normal(fold(key, place), (most,), jnp.float32))(places).reshape(*dims.shape, chunk, most)
+    draw = lambda *place: jax.random.normal(functools.reduce(jax.random.fold_in, place, key), (most,), jnp.float32)
+    for axes in ((None, None, 0), (None, 0, None), (0, None, None)):
+        draw = jax.vmap(draw, axes)
+    noise = draw(*map(jnp.arange, (*dims.shape, chunk)))  # [b g k a]
     real = jnp.arange(most) < dims[..., None, None]
 
     def step(i, x):

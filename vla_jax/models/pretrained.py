@@ -6,7 +6,6 @@ devices' share.
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -79,8 +78,7 @@ def load(
 def _fit(path: str, leaf: Leaf, shape: tuple[int, ...], text_vocab: int, seed: int) -> Leaf:
     """The leaf with more rows of the vocabulary, or positions of another grid, if that is all that differs."""
     if path == TABLE and leaf.shape[1:] == shape[1:] and min(leaf.shape[0], shape[0]) >= text_vocab:
-        # once for all devices that ask for their part
-        return Leaf(shape, False, functools.lru_cache(maxsize=1)(lambda _: _extended(leaf.layer(0), shape[0], text_vocab, seed)))
+        return Leaf(shape, False, lambda _: _extended(leaf.layer(0), shape[0], text_vocab, seed))
     side = [round(s[1] ** 0.5) if len(s) == 3 else 0 for s in (leaf.shape, shape)]
     if path == POSITION and leaf.shape != shape and len(leaf.shape) == 3 and leaf.shape[2] == shape[2] and side[0] ** 2 == leaf.shape[1]:
         return Leaf(shape, False, lambda _: resized(leaf.layer(0), side[1]))
@@ -117,8 +115,8 @@ def survey(source: str | Path, kind: str, cfg: VLAConfig) -> dict:
     expert, mlp = None, shapes.get("expert/layers/mlp/linear", ())
     if len(mlp) == 3:
         ada = any("Dense_0" in path or "time_mlp_in" in path for path in shapes if path.startswith("expert/"))
-        width = max(shapes.get("expert/action_in_proj/kernel", (32,))[:1], (1,))[0]
-        expert = Expert(mlp[2], mlp[1], ada and "expert/state_proj/kernel" not in shapes, width)
+        dims = (shapes.get("expert/action_in_proj/kernel") or (32,))[0]
+        expert = Expert(mlp[2], mlp[1], ada and "expert/state_proj/kernel" not in shapes, dims)
     return {"rows": shapes[TABLE][0] if TABLE in shapes else 0, "side": side, "expert": expert}
 
 

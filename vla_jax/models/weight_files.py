@@ -7,7 +7,6 @@ each leaf states from which tensors it comes, and how.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 import zipfile
@@ -172,8 +171,7 @@ def _hf(folder: Path, cfg: VLAConfig) -> Found:
     read = lambda name: where[name][0].get_tensor(where[name][1])
     if head and _EMBED not in where:  # tied, and kept under this name
         where[_EMBED], shapes[_EMBED] = head, tuple(head[0].get_slice(head[1]).get_shape())
-    elif head and not np.array_equal(head[0].get_tensor(head[1]), read(_EMBED)):
-        wrong.append(f"{head[1]} differs from {where[_EMBED][1]}: this model has one table for both")
+        head = None
     out, used = {}, set()
     for path, (names, make) in hf_map(cfg).items():
         stacked = "{}" in names[0]
@@ -197,6 +195,15 @@ def _hf(folder: Path, cfg: VLAConfig) -> Found:
             shape = first[0]  # so unlike the model's that it cannot be laid out; compared and named below
         layer = lambda i, names=names, make=make: make(*(read(n.format(i)) for n in names))
         out[path] = Leaf((depth, *shape) if stacked else shape, stacked, layer)
+    if head and TABLE in out:
+
+        def same(_) -> np.ndarray:  # when the table is read, and not before: the two are the largest of a file
+            table = read(_EMBED)
+            if not np.array_equal(head[0].get_tensor(head[1]), table):
+                raise ValueError(f"{head[1]} differs from {where[_EMBED][1]}, and this model has one table for both")
+            return table
+
+        out[TABLE] = dataclasses.replace(out[TABLE], layer=same)
     return out, wrong + [f"superfluous tensor: {where[n][1]} {shapes[n]}" for n in sorted(set(where) - used)]
 
 
@@ -212,7 +219,6 @@ def _big_vision(file: Path, cfg: VLAConfig) -> Found:
     except (OSError, ValueError, AttributeError, KeyError, zipfile.BadZipFile) as e:
         raise UserError(f"{file} is no .npz file of arrays: {e}") from e
 
-    @functools.lru_cache(maxsize=1)  # every device asks for its part of the same leaf
     def read(name: str) -> np.ndarray:
         array = opened[names[name]]
         return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
@@ -268,7 +274,6 @@ def _orbax(folder: Path, *inside: str) -> Found:
     names = {n.removeprefix(start).removesuffix("/value"): n for n in stored if n.startswith(start)}
     names = {_of_openpi(n) if inside else n: m for n, m in names.items()}
 
-    @functools.lru_cache(maxsize=1)
     def read(name: str) -> np.ndarray:
         item, args = tree.unflatten({name: 0}), tree.unflatten({name: ocp.RestoreArgs(restore_type=np.ndarray)})
         return tree.flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)))[name]

@@ -41,9 +41,9 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     eval_step = step.make_eval_step(config, ready.cfg, ready.mesh, place.params, datasets=len(names))
     with jax.set_mesh(ready.mesh):
         out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
-    plain = dataclasses.replace(ready.cfg, lora=None)
+    plain, params = dataclasses.replace(ready.cfg, lora=None), vla.merged(ready.cfg, params)
     for head in ("tokens", "flow") if config.train.objective == "both" else (config.train.objective,):
-        for name, found in action_errors(plain, held_out, vla.merged(ready.cfg, params), frames=frames, head=head, mesh=ready.mesh).items():
+        for name, found in action_errors(plain, held_out, params, frames=frames, head=head, mesh=ready.mesh).items():
             found.pop("first")
             found = found if head == "tokens" else {"flow_mae": found["mae"], "baseline": found["baseline"]}
             out.setdefault(name, {}).update(found)

@@ -75,7 +75,7 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
             f"the mixture has actions of {source.shape[1]} and states of {source.shape[2]} numbers, more than model.expert_dims "
             f"{cfg.expert.action_dim}. Raise --config.model.expert_dims."
         )
-    distributed.agree("config", config.digest())
+    distributed.agree("config", f"{config.digest()} {config.model.attention} {config.model.remat}")  # one program on all
     distributed.agree("data", source.fingerprint())
     return Run(config, workdir, mesh, source, cfg)
 
