@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla_jax import cli
-from vla_jax.bench import data, data_costs, data_rates, data_sets, tokens
+from vla_jax import cli, config
+from vla_jax.bench import batches, data, data_costs, data_rates, data_sets, tokens
 from vla_jax.bench import run as bench
 from vla_jax.data import images
 from vla_jax.tokens import actions
@@ -25,7 +25,80 @@ def test_bench_step_gives_one_json_line(capsys, tabletop, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "b.jsonl").read_text()) == found
     assert found["bench"] == "step" and found["config"] == "configs/demo.py" and found["repeats"] == 1
-    assert found["step_ms"] > 0 and 0 < found["ratio"] < 1.5 and found["machine"] and found["commit"]
+    assert found["step_ms"] > 0 and 0 < found["of_ceiling"]["real"] < 1.5 and found["machine"] and found["commit"]
+    assert (
+        found["of_ceiling"]["real"] < found["of_ceiling"]["slots"] <= found["of_ceiling"]["programmed"]
+        and "no recomputation" in found["rule"]
+    )
+    assert found["needs_gib"] > 0 and found["batch"] == "data"
+
+
+MADE_UP = ["--config=configs/oxe_3b.py:size=3b,chips=h200-1"] + [
+    f"--config.{x}"
+    for x in ("model.preset=tiny", "model.vocab=1024", "data.image_size=64", "pack.rows=8", "model.dtype=float32", "mesh.data=8")
+]
+
+
+def test_bench_step_on_made_up_samples(capsys):
+    """Variants in turns, parts, and a ratio to the first; the counted work is that of the batch that was made."""
+    argv = [
+        "bench",
+        "step",
+        "--repeats=1",
+        *MADE_UP,
+        "--batch=packed",
+        "--beside=padded",
+        "--beside=full_loss",
+        "--beside=model.remat=none",
+        "--parts",
+    ]
+    assert cli.main(argv) == 0
+    first, padded, full, remat = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["beside"], padded["beside"], full["beside"], remat["remat"]) == ("", "padded", "full_loss", "none")
+    assert set(first["parts_ms"]) == {"vision", "decoder", "loss", "optimizer", "rest"}
+    assert full["targets"] == full["rows"][1] > first["targets"] and padded["images"] == 3
+    # 8 rows of 3 * 16 + 250 slots hold as many samples of 1, 2, 3 cameras and 120 tokens as fit; a padded row holds one
+    assert padded["samples_per_s"] * padded["step_ms"] / 1e3 == pytest.approx(8, rel=0.02)
+    assert first["samples_per_s"] * first["step_ms"] / 1e3 > 8 * 1.5
+    assert remat["tflops"]["programmed"] / remat["tflops"]["real"] < first["tflops"]["programmed"] / first["tflops"]["real"]
+    for argv, said in (
+        (["--batch=half"], "there are: full, padded, packed"),
+        (["--batch=full", "--beside=model.colour=red"], "--beside"),
+        (["--batch=full", "--peer=/no/such.py"], "no such file"),
+    ):
+        assert cli.main(["bench", "step", "--repeats=1", *MADE_UP, *argv]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_made_up_batches_hold_what_they_say():
+    c = config.load("configs/demo.py", ["pack.rows=6"])[0]
+    for kind in batches.KINDS:
+        shaped = batches.shaped(c, kind, 9)
+        b = batches.make(shaped, kind, patches=9, vocab=500)
+        assert b.tokens.shape == (6, shaped.pack.length) and b.images.shape[1] == shaped.pack.images
+        for row in range(6):
+            for g in range(1, b.segment[row].max() + 1):
+                here = b.segment[row] == g
+                assert (b.loss_weight[row][here] > 0).sum() == batches.ACTION and b.dataset[row, g - 1] == 0
+                np.testing.assert_allclose(b.loss_weight[row][here].sum(), 1, rtol=1e-5)
+                np.testing.assert_array_equal(b.position[row][here], np.arange(here.sum()))
+            slots = (b.tokens[row] == -1).sum() // 9
+            assert slots == 3 if kind != "packed" else slots <= shaped.pack.images
+    lit = lambda b: (b.images.reshape(6, -1, c.data.image_size**2 * 3).max(axis=-1) > 0).sum()
+    assert lit(batches.make(batches.shaped(c, "full", 9), "full", patches=9, vocab=500)) == 18
+    assert lit(batches.make(batches.shaped(c, "padded", 9), "padded", patches=9, vocab=500)) == 12  # 1, 2, 3, 1, 2, 3 cameras
+
+
+def test_a_peer_is_run_and_held_beside_ours(capsys, tmp_path):
+    program = tmp_path / "peer.py"
+    program.write_text("import sys, json\nprint('device x')\nprint(json.dumps({'ms': 10.0, 'samples_s': float(sys.argv[2])}))\n")
+    argv = ["bench", "step", "--repeats=1", *MADE_UP, "--batch=full", f"--peer={program}", "--peer-arguments=--batch 4"]
+    assert cli.main(argv) == 0
+    ours, theirs = map(json.loads, capsys.readouterr().out.splitlines())
+    assert theirs["bench"] == "step_peer" and theirs["samples_s"] == 4.0
+    assert theirs["ours_to_peer"] == pytest.approx(ours["samples_per_s"] / 4, rel=0.01)
+    program.write_text("raise SystemExit('no torch')")
+    assert cli.main(argv) == 2 and "no torch" in capsys.readouterr().err
 
 
 @needs_affinity

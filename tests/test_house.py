@@ -13,6 +13,7 @@ FLOORS = {
     "config": 0,
     "paths": 0,
     "tree": 0,
+    "hardware": 0,
     "__init__": 0,
     "distributed": 1,
     "sharding": 1,

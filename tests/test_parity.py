@@ -174,7 +174,7 @@ def test_gradients_of_a_step_equal_torchs(pair, monkeypatch):
         target[0, end - len(suffix) - 1 : end - 1], weight[0, end - len(suffix) - 1 : end - 1] = suffix, 1 / len(suffix)
         at = end
     batch = dataclasses.replace(batch, target=target, loss_weight=weight, dataset=np.zeros((1, 3), np.int32))
-    monkeypatch.setattr(losses, "CHUNK", 4)
+    monkeypatch.setattr(losses, "LOGITS", 4 * VOCAB)
     settings = config.Config(pack=config.Pack(targets=sum(len(s[2]) for s in made)))
     table = vla.embedding(params)[:VOCAB]  # rows behind the file's are no part of torch's softmax
     params = params | {"llm": params["llm"] | {"embedder": {"input_embedding": table}}}

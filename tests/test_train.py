@@ -139,7 +139,7 @@ def test_state_is_sharded_where_the_mesh_says(tiny, tmp_path):
     run = loop.prepare(tiny("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"), tmp_path)
     tx = optim.make(run.config.train)
     current = state.create(run.cfg, tx, run.mesh, seed=0, with_ema=True)
-    for group in (current.params, current.ema, current.opt_state.inner_states["train"].inner_state[1][0].mu):
+    for group in (current.params, current.ema, current.opt_state.inner_states["train"].inner_state[1].mu):
         leaf = tree.flatten(group)["llm/layers/mlp/linear"]
         assert leaf.addressable_shards[0].data.shape == (leaf.shape[0], leaf.shape[1] // 2, leaf.shape[2] // 4)
     assert current.step.sharding.is_fully_replicated
@@ -174,10 +174,12 @@ def test_resume_with_another_tokenizer_is_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (paths.assets("configs")).glob("*.py")))
 def test_one_step_of_each_config(path, real_data, tabletop, tmp_path):
-    """As written but for the mesh of these tests and a number of rows that it divides. A config that is too large for this machine joins the exceptions."""
-    root = {"debug.py": real_data, "demo.py": tabletop}[path]
+    """As written but for the mesh of these tests and a number of rows that it divides; the one for pods with a tiny model on one dataset."""
+    small = ["data.mixture=bridge_dataset", "data.image_size=32", "model.preset=tiny", "model.vocab=0", "tokens.text_model=tiny"]
+    small += ["pack.length=256", "train.eval_frames=1", "train.eval_batches=1", "tokens.action_vocab=64"]
+    root, over = {"debug.py": (real_data, []), "demo.py": (tabletop, []), "oxe_3b.py": (real_data, small)}[path]
     mesh = ["mesh.data=8", "mesh.fsdp=1", "mesh.tensor=1", "pack.rows=8", "pack.group=4"]
-    c, _ = config.load(f"configs/{path}", [f"data.root={root}", f"data.index_dir={tmp_path / 'ix'}", "train.steps=1", *mesh])
+    c, _ = config.load(f"configs/{path}", [f"data.root={root}", f"data.index_dir={tmp_path / 'ix'}", "train.steps=1", *over, *mesh])
     state = loop.train(loop.prepare(c, tmp_path / "w"), quiet=True)
     assert int(state.step) == 1
     (line,) = [x for x in metrics.read(tmp_path / "w") if "train/loss" in x]

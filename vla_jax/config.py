@@ -76,15 +76,16 @@ class Model:
     expert: str = "none"  # action expert: none | a size of models/presets.py, with :ada behind it for pi0.5's norms
     expert_dims: int = 32  # numbers of its actions and states; robots with fewer are filled up
     dtype: str = "bfloat16"  # of activations; parameters, norms and softmax are float32
-    remat: str = "none"  # none | full | dots
+    vocab: int = 0  # rows of the embedding, at least; 0: as many as there are tokens (PaliGemma has 257152)
+    remat: str = "none"  # what the backward pass computes again: none | full | attention | dots | offload (models/layers.py)
     attention: str = "auto"  # auto | xla | cudnn (GPU) | splash (TPU)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = 1
-    fsdp: int = -1  # -1: all remaining devices
-    tensor: int = 1
+    data: int = 1  # copies of the weights; with several slices a multiple of their number, since slices are far apart
+    fsdp: int = -1  # over which weights are divided; -1: all remaining devices
+    tensor: int = 1  # over which heads and MLPs are divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +100,28 @@ class Train:
     lora_on: tuple[str, ...] = ("llm/layers/attn/.*", "llm/layers/mlp/.*")  # regular expressions on paths of parameters
     lora_also: tuple[str, ...] = ("state/.*", "expert/.*")  # trained whole beside the adapters, where the model has them
     freeze: tuple[str, ...] = ()  # parameters that are not trained, likewise
+    optimizer: str = "adamw"  # adamw | adafactor | muon
     lr: float = 3e-4
+    lr_vision: float = 1.0  # times lr, for the image encoder
+    lr_language: float = 1.0  # times lr, for the decoder and the embedding
+    lr_expert: float = 1.0  # times lr, for the action expert and the projection of the robot's state
     lr_end: float = 0.1  # final learning rate as a fraction of lr (cosine)
     warmup: int = 100
     weight_decay: float = 1e-4
+    b1: float = 0.9
     b2: float = 0.95
-    clip: float = 1.0
+    moment_dtype: str = "float32"  # of the first moment: float32 | bfloat16
+    clip: float = 1.0  # largest norm of the whole gradient
+    z_loss: float = 0.0  # weight of log(sum of exp of logits)^2 beside the loss of the tokens
     ema: float = 0.0  # decay; 0: none is kept
+    accumulate: int = 1  # parts of a batch that are computed one after another: the same step, less memory
+    spike: float = 0.0  # a step is skipped when its gradient's norm is this many times the running mean; 0: only if it is not finite
+    max_skips: int = 20  # so many skipped steps in a row end the run
     log_every: int = 10
     eval_every: int = 0  # 0: only after the last step
     eval_batches: int = 4
+    eval_frames: int = 0  # held-out frames of each dataset whose actions are generated, too, and compared in robot units
+    wandb: str = ""  # a project of Weights & Biases to log to; empty: none
     save_every: int = 1000
     keep: int = 2  # newest checkpoints kept
     allow_new_mixture: bool = False  # resume although the data changed
@@ -129,6 +142,7 @@ _RANGES = {
     "tokens.action_vocab": (2, 65536),
     "tokens.action_scale": (1e-3, 1e6),
     "tokens.limit": (0, math.inf),
+    "model.vocab": (0, 1 << 24),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
     "mesh.tensor": (-1, math.inf),
@@ -138,10 +152,12 @@ _RANGES = {
     "train.seed": (0, 2**31 - 1),
     "train.lr_end": (0.0, 1.0),
     "train.warmup": (0, math.inf),
+    "train.b1": (0.0, 0.999999),
     "train.b2": (0.0, 0.999999),
     "train.clip": (1e-9, math.inf),
     "train.ema": (0.0, 0.999999),
     "train.eval_every": (0, math.inf),
+    "train.eval_frames": (0, math.inf),
 }
 
 
@@ -168,6 +184,8 @@ class Config:
         for key, value, allowed in (
             ("data.resize", self.data.resize, ("linear", "antialias")),
             ("augment.where", self.augment.where, ("host", "device")),
+            ("train.optimizer", self.train.optimizer, ("adamw", "adafactor", "muon")),
+            ("train.moment_dtype", self.train.moment_dtype, ("float32", "bfloat16")),
             ("train.objective", self.train.objective, ("tokens", "flow", "both")),
             ("tokens.layout", self.tokens.layout, ("native", "openpi")),
             ("tokens.action", self.tokens.action, ("fast", "bins", "quantile")),
@@ -177,6 +195,10 @@ class Config:
                 raise UserError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
         if self.train.objective != "tokens" and self.model.expert == "none":
             raise UserError(f"train.objective={self.train.objective} needs an action expert: set --config.model.expert")
+        if self.pack.rows % self.train.accumulate:
+            raise UserError(f"pack.rows {self.pack.rows} is not divisible by train.accumulate {self.train.accumulate}")
+        if 0 < self.train.spike <= 1:
+            raise UserError(f"train.spike {self.train.spike:g} would skip ordinary steps; use 3 or more, or 0 for none")
         if self.pack.targets > self.pack.length:
             raise UserError(f"pack.targets {self.pack.targets} is above pack.length {self.pack.length}; lower --config.pack.targets")
 
@@ -186,7 +208,9 @@ class Config:
         d = dataclasses.asdict(self)
         for key in ("root", "index_dir", "threads", "read_ahead", "prefetch", "max_skipped", "mixture", "holdout"):
             d["data"].pop(key)
-        for key in ("log_every", "eval_every", "eval_batches", "save_every", "keep", "allow_new_mixture", "steps"):
+        for key in ("log_every", "eval_every", "eval_batches", "eval_frames", "wandb", "save_every", "keep", "allow_new_mixture"):
+            d["train"].pop(key)
+        for key in ("steps", "accumulate", "spike", "max_skips"):
             d["train"].pop(key)
         for group, key in (
             ("model", "init"),

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from . import paths
 from .types import UserError
 
 
@@ -126,6 +127,15 @@ def initialize(*, timeout_s: float = 300) -> str:
         _connect(jax.distributed.initialize, found, timeout_s)
     where = f", coordinator {found.coordinator}" if found.coordinator else ""
     return f"distributed: {jax.process_count()} processes (this is {jax.process_index()}){where}, from {found.source}"
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a run that starts again does not compile again. JAX_COMPILATION_CACHE_DIR
+    chooses another folder (a gs:// one, too); empty: none."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(paths.cache_dir() / "compiled"))
 
 
 def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:

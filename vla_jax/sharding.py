@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax.types import Batch, UserError
 
@@ -23,35 +23,38 @@ class Rules:
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("batch", BATCH),
+        ("replica", ("data",)),  # rows as all devices that share one copy of the weights see them
         ("embed", ("fsdp",)),
         ("vocab", ("tensor",)),
+        ("logits", ("tensor", "fsdp")),  # the vocabulary, where probabilities are made
         ("heads", ("tensor",)),
         ("mlp", ("tensor",)),
     )
 
     def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
-        """Where a mesh axis does not divide a dimension, that dimension is replicated."""
+        """Mesh axes that do not divide a dimension are left out, the last first: over them it is replicated."""
         sizes, table, used = dict(mesh.shape), dict(self.table), set()
         out = []
         for axis, dim in zip(axes, shape, strict=True):
             over = tuple(a for a in table.get(axis, ()) if sizes[a] > 1 and a not in used)
-            if not over or dim % math.prod(sizes[a] for a in over):
-                out.append(None)
-                continue
+            while dim % math.prod(sizes[a] for a in over):
+                over = over[:-1]
             used.update(over)
-            out.append(over if len(over) > 1 else over[0])
+            out.append(over if len(over) > 1 else over[0] if over else None)
         return PartitionSpec(*out)
 
 
 RULES = Rules()
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, *, where: str = "config"):
-    """A mesh over all devices of all processes; one of the sizes may be -1.
+def make_mesh(data: int, fsdp: int, tensor: int, *, devices=None, where: str = "config"):
+    """A mesh over all devices of all processes (or those given); one of the sizes may be -1. Of several slices, which reach each other
+    over the data centre's network only, `data` takes the way between them.
 
-    Raises: UserError when the sizes do not multiply to the number of devices.
+    Raises: UserError when the sizes do not multiply to the number of devices, or an axis other than data would cross slices.
     """
-    sizes, total = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, total = [data, fsdp, tensor], len(devices)
     if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh {dict(zip(AXES, sizes))}: sizes are positive, one of them may be -1 ({where})")
     if -1 in sizes:
@@ -61,17 +64,31 @@ def make_mesh(data: int, fsdp: int, tensor: int, *, where: str = "config"):
         raise UserError(
             f"mesh data*fsdp*tensor = {' * '.join(map(str, sizes))} = {math.prod(sizes)}, but there are {total} devices ({where}). Set one axis to -1 to fill it."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data is {sizes[0]}, and the {total} devices are {slices} slices: it must be a multiple of {slices}, so that neither "
+            f"fsdp nor tensor crosses the network between them ({where}). Set --config.mesh.data={slices} --config.mesh.fsdp=-1."
+        )
+    from jax.experimental import mesh_utils
+
+    inner = (sizes[0] // slices, *sizes[1:])
+    made = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(made, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch(rows: int, mesh, *, where: str = "config") -> None:
-    """Raises: UserError with the nearest sizes when the rows do not divide over data*fsdp."""
+def check_batch(rows: int, mesh, *, parts: int = 1, where: str = "config") -> None:
+    """parts: train.accumulate. Raises: UserError with the nearest sizes when the rows do not divide over parts and data*fsdp."""
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    n = data * fsdp
+    n = data * fsdp * parts
     if rows % n:
         near = sorted({max(n, rows // n * n), (rows // n + 1) * n})
+        by = "data*fsdp" + ("*train.accumulate" if parts > 1 else "")
+        product = f"{data}*{fsdp}" + (f"*{parts}" if parts > 1 else "")
         raise UserError(
-            f"batch of pack.rows = {rows} is not divisible by data*fsdp = {data}*{fsdp} = {n} (mesh in {where}). Nearest: {', '.join(map(str, near))}."
+            f"batch of pack.rows = {rows} is not divisible by {by} = {product} = {n} (mesh in {where}). Nearest: {', '.join(map(str, near))}."
         )
 
 

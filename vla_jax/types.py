@@ -98,13 +98,18 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes; a pytree, nothing static in it. step i32[]; key is the run's PRNG key (constant)."""
+    """All that training changes; a pytree, nothing static in it. step i32[]; key is the run's PRNG key (constant).
+
+    tally, over the whole run: skipped i32[] steps and how many of them in_a_row i32[], norm f32[] (running mean of the gradient's norm
+    over the others), samples and tokens that were learned from, each i32[2]: millions (2**20) and the rest.
+    """
 
     step: Any
     params: Any
     opt_state: Any
     ema: Any
     key: Any
+    tally: Any
 
 
 class ActionTokenizer(Protocol):

@@ -14,11 +14,18 @@ from statistics import median
 from vla_jax import __version__
 
 
-def step(config, *, repeats: int, where: str = "config") -> dict:
-    """The training step of a config. Raises: UserError as training would."""
+def step(config, *, repeats: int, where: str = "config", peer: str = "", peer_arguments: str = "", **options) -> Iterator[dict]:
+    """The training step of a config, others beside it, and another program's; options as `bench.step.run` takes them. Yields results as
+    they come. Raises: UserError as training would."""
     from vla_jax.bench import step as measured
 
-    return {"bench": "step", "config": where, **measured.run(config, repeats, where), "repeats": repeats, **stamp()}
+    first = None
+    for line in measured.run(config, repeats=repeats, where=where, **options):
+        first = first or line
+        yield {"bench": "step", **line, "repeats": repeats, **stamp()}
+    if peer:
+        for line in measured.peer(peer, peer_arguments, first):
+            yield {"bench": "step_peer", **line, **stamp()}
 
 
 def data(root: str, *, repeats: int, **options) -> Iterator[dict]:

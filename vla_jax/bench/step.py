@@ -1,62 +1,226 @@
-"""The training step against this machine's own matrix product."""
+"""The training step against this machine's own matrix product: all of it, and its parts."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 from vla_jax.config import Config
+from vla_jax.types import UserError
 
 
-def run(config: Config, repeats: int, where: str) -> dict:
-    """Model FLOP/s of the training step (matrix products of real tokens, no recompute) against this machine's own matrix
-    product."""
-    import jax
+def run(
+    config: Config, *, repeats: int, where: str, batch: str = "data", beside: tuple[str, ...] = (), parts: bool = False
+) -> Iterator[dict]:
+    """A line for the config's step, and one for each of `beside`, measured in turns with it.
 
-    from vla_jax import tree
-    from vla_jax.bench.run import product_rate
-    from vla_jax.data import feed
-    from vla_jax.data.stream import Stream
-    from vla_jax.train import loop, optim, state, step
+    batch: `data` (the first batch of the config's data) or a kind of bench.batches. beside: `full_loss` (logits at every position),
+    `padded` (with batch=packed: the same samples, each in a row of three cameras), or a `group.key=value` of the config. parts: also the
+    time of encoder, decoder, loss and optimizer, each compiled by itself. Raises: UserError.
+    """
+    measured = [_Step(config, where, batch, "")]
+    measured += [_Step(*_changed(config, batch, what), what) for what in beside]
+    for _ in range(repeats + 1):
+        for one in measured:
+            one.once()
+    base = measured[0]
+    for one in measured:
+        line = one.line()
+        if one is not base:
+            line["samples_per_s_to_first"] = round(one.samples / one.ms() / (base.samples / base.ms()), 3)
+            line["step_ms_to_first"] = round(one.ms() / base.ms(), 3)
+        if parts:
+            line["parts_ms"] = one.parts(repeats)
+        yield line
 
-    ready = loop.prepare(config, Path("."), where=where) if config.tokens.action_path else loop.prepare(config, _scratch(), where=where)
-    tx, names = optim.make(config.train), ready.source.names
-    _, place = state.shardings(ready.cfg, tx, ready.mesh, with_ema=config.train.ema > 0)
-    current = state.create(ready.cfg, tx, ready.mesh, seed=0, with_ema=config.train.ema > 0)
-    train_step = step.make_train_step(config, ready.cfg, tx, ready.mesh, place, datasets=len(names))
-    with Stream(ready.source) as stream:
-        batch = next(stream)[0]
-    flat = tree.flatten(current.params)
-    decoder = sum(v.size for k, v in flat.items() if k.startswith("llm/layers"))
-    vision = sum(v.size for k, v in flat.items() if k.startswith("img/Transformer"))
-    tokens, targets = int((batch.segment > 0).sum()), int((batch.loss_weight > 0).sum())
-    flops = 6 * (decoder * tokens + vision * int((batch.tokens == -1).sum()) + flat["llm/embedder/input_embedding"].size * targets)
-    device = feed.to_device(batch, ready.mesh)
-    times, ceiling = [], []
-    with jax.set_mesh(ready.mesh):
-        for _ in range(repeats + 1):
+
+def _changed(config: Config, batch: str, what: str) -> tuple[Config, str, str]:
+    if what == "full_loss":
+        config = dataclasses.replace(config, pack=dataclasses.replace(config.pack, targets=config.pack.length))
+        return config, "every position has logits", batch
+    if what in ("padded", "packed", "full"):
+        return config, f"rows {what}", what
+    key, _, value = what.partition("=")
+    group, _, name = key.partition(".")
+    old = getattr(getattr(config, group, None), name, None)
+    if old is None or not value:
+        raise UserError(f"--beside {what!r}: full_loss, padded, packed, full, or a setting of the config such as model.remat=full")
+    made = dataclasses.replace(getattr(config, group), **{name: type(old)(value)})
+    return dataclasses.replace(config, **{group: made}), what, batch
+
+
+class _Step:
+    """A compiled step with its state and batch."""
+
+    def __init__(self, config: Config, where: str, batch: str, beside: str):
+        import jax
+
+        from vla_jax import sharding
+        from vla_jax.bench import batches
+        from vla_jax.data import feed
+        from vla_jax.models import flops, presets
+        from vla_jax.train import compile_check, loop, optim, state, step
+
+        self.where, self.kind, self.beside = where, batch, beside
+        if batch == "data":
+            from vla_jax.data.stream import Stream
+
+            ready = loop.prepare(config, Path(".") if config.tokens.action_path else _scratch(), where=where)
+            self.mesh, self.cfg, datasets = ready.mesh, ready.cfg, len(ready.source.names)
+            with Stream(ready.source) as stream:
+                made = next(stream)[0]
+        else:
+            patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
+            full_loss = config.pack.targets == config.pack.length
+            config = batches.shaped(config, batch, patches)
+            if full_loss:
+                config = dataclasses.replace(config, pack=dataclasses.replace(config.pack, targets=config.pack.length))
+            self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
+            sharding.check_batch(config.pack.rows, self.mesh, parts=config.train.accumulate, where=where)
+            self.cfg, datasets = state.model_config(config, vocab=config.model.vocab or 1024, state_dim=1), 1
+            made = batches.make(config, batch, patches=patches, vocab=self.cfg.vocab)
+        self.config, self.tx = config, optim.make(config.train)
+        ema = config.train.ema > 0
+        abstract, self.place = state.shardings(self.cfg, self.tx, self.mesh, with_ema=ema)
+        self.state = state.create(self.cfg, self.tx, self.mesh, seed=0, with_ema=ema)
+        train_step = step.make_train_step(config, self.cfg, self.tx, self.mesh, self.place, datasets=datasets)
+        self.work = {
+            k: int(v) for k, v in jax.device_get(jax.jit(step.work)(dataclasses.replace(made, sample_id=None, change=None))).items()
+        }
+        self.samples, self.batch = self.work["samples"], feed.to_device(made, self.mesh)
+        pack = config.pack
+        slots = flops.slots(self.cfg, pack.rows, length=pack.length, images=pack.images, targets=pack.targets)
+        plain = step.make_train_step(
+            config, dataclasses.replace(self.cfg, attention="xla"), self.tx, self.mesh, self.place, datasets=datasets
+        )
+        self.flops = {
+            "real": flops.model(self.cfg, self.work),
+            "slots": flops.model(self.cfg, slots),
+            "programmed": flops.traced(plain, abstract, jax.tree.map(compile_check.shape_of, self.batch)),
+        }
+        with jax.set_mesh(self.mesh):
             before = time.perf_counter()
-            current, measured = train_step(current, device)
-            jax.block_until_ready((current.params, measured))
-            times.append(time.perf_counter() - before)
-            ceiling.append(product_rate(config.model.dtype, 1))
-    rate = flops / median(times[1:])
-    model, pack = config.model, config.pack
-    return {
-        "preset": model.preset,
-        "dtype": model.dtype,
-        "remat": model.remat,
-        "attention": model.attention,
-        "rows": [pack.rows, pack.length],
-        "step_ms": round(median(times[1:]) * 1e3, 1),
-        "samples_per_s": round(int((batch.dataset >= 0).sum()) / median(times[1:]), 1),
-        "model_gflops": round(rate / 1e9, 1),
-        "ceiling_gflops": round(median(ceiling[1:]) / 1e9, 1),
-        "ratio": round(rate / median(ceiling[1:]), 3),
-        "first_step_s": round(times[0], 1),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
+            self.step = train_step.lower(self.state, self.batch).compile()
+            self.compile_s = time.perf_counter() - before
+        m = self.step.memory_analysis()
+        self.needs = (m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes) if m else 0
+        self.times, self.ceilings = [], []
+
+    def once(self) -> None:
+        """A step, and right behind it the machine's own matrix product: on a shared machine both vary."""
+        import jax
+
+        from vla_jax.bench.run import product_rate
+
+        with jax.set_mesh(self.mesh):
+            before = time.perf_counter()
+            self.state, measured = self.step(self.state, self.batch)
+            jax.block_until_ready((self.state.params, measured))
+            self.times.append(time.perf_counter() - before)
+        self.ceilings.append(product_rate(self.config.model.dtype, 1))
+
+    def ms(self) -> float:
+        return median(self.times[1:]) * 1e3
+
+    def line(self) -> dict:
+        import jax
+
+        from vla_jax import hardware
+        from vla_jax.models import flops
+        from vla_jax.train import meter
+
+        model, pack, seconds, count = self.config.model, self.config.pack, self.ms() / 1e3, jax.device_count()
+        ceiling = median(self.ceilings[1:])
+        chip = hardware.of_kind(jax.devices()[0].device_kind)
+        rates = {name: n / seconds / count for name, n in self.flops.items()}
+        out = {
+            "config": self.where,
+            "beside": self.beside,
+            "batch": self.kind,
+            "preset": model.preset,
+            "dtype": model.dtype,
+            "remat": model.remat,
+            "attention": model.attention,
+            "optimizer": self.config.train.optimizer,
+            "rows": [pack.rows, pack.length],
+            "images": pack.images,
+            "targets": pack.targets,
+            "devices": f"{count} x {jax.devices()[0].device_kind}",
+            "step_ms": round(self.ms(), 1),
+            "samples_per_s": round(self.samples / seconds, 1),
+            "tokens_per_s": round(self.work["tokens"] / seconds),
+            "slots_used": round(self.work["tokens"] / (pack.rows * pack.length), 3),
+            "tflops": {name: round(rate / 1e12, 4) for name, rate in rates.items()},
+            "ceiling_tflops": round(ceiling / 1e12, 4),
+            "of_ceiling": {name: round(rate / ceiling, 3) for name, rate in rates.items()},
+            "rule": flops.RULE,
+            "needs_gib": round(self.needs / hardware.GIB, 2),
+            "peak_gib": round(meter.memory().get("device_gib", 0.0), 2),
+            "compile_s": round(self.compile_s, 1),
+        }
+        if chip:
+            out |= {"mfu": round(rates["real"] / chip.peak, 4), "mfu_slots": round(rates["slots"] / chip.peak, 4)}
+            out |= {"hfu": round(rates["programmed"] / chip.peak, 4), "peak_tflops": chip.peak / 1e12}
+        return out
+
+    def parts(self, repeats: int) -> dict[str, float]:
+        """ms of each, forward and backward, compiled by itself; `rest` is what they leave of the step (embeddings, masks, norms)."""
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        from vla_jax.bench.run import seconds
+        from vla_jax.models import vla
+        from vla_jax.train import losses
+
+        cfg, b, pack, params = self.cfg, self.batch, self.config.pack, self.state.params
+        square = lambda x: jnp.square(x.astype(jnp.float32)).sum()
+        shape = (pack.rows, pack.length, cfg.language.width)
+        hidden = jax.device_put(jnp.ones(shape, cfg.dtype), jax.sharding.NamedSharding(self.mesh, self.batch.tokens.sharding.spec))
+        images = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]))(b.images)
+
+        def loss(hidden, table):
+            found = losses.token_loss(hidden, table, b.target, b.loss_weight, targets=pack.targets, logit_cap=cfg.language.logit_cap)
+            return (found["nll"] * found["weight"]).sum()
+
+        def update(grads, state, params):
+            updates, state = self.tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        grad = lambda fn, *which: jax.jit(jax.grad(fn, which or 0))
+        with jax.set_mesh(self.mesh):
+            out = {
+                "vision": seconds(repeats, grad(lambda p: square(vla.encode(cfg, p, images))), params),
+                "decoder": seconds(
+                    repeats, grad(lambda p, x: square(vla.decode(cfg, p, x, b.segment, b.position, b.block)), 0, 1), params, hidden
+                ),
+                "loss": seconds(repeats, grad(loss, 0, 1), hidden, vla.embedding(params)),
+                "optimizer": seconds(repeats, jax.jit(update), params, self.state.opt_state, params),
+            }
+        out = {name: round(s * 1e3, 1) for name, s in out.items()}
+        return out | {"rest": round(self.ms() - sum(out.values()), 1)}
+
+
+def peer(program: str, arguments: str, ours: dict) -> Iterator[dict]:
+    """Runs another program's step on the same machine, and holds its JSON lines beside ours. Raises: UserError when it fails."""
+    if not Path(program).is_file():
+        raise UserError(f"--peer {program}: no such file. Name a program that prints JSON lines with `ms` and `samples_s`.")
+    command = [sys.executable, program, *shlex.split(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    if done.returncode or not lines:
+        raise UserError(f"--peer {shlex.join(command)} ended with {done.returncode}: {' '.join(done.stderr.split())[-400:]}")
+    for line in lines:
+        if "samples_s" in line:
+            line["ours_to_peer"] = round(ours["samples_per_s"] / line["samples_s"], 3)
+        yield {"peer": Path(program).name, "arguments": arguments, **line}
 
 
 def _scratch() -> Path:

@@ -34,6 +34,13 @@ def positive(number: str) -> int:
     return int(number)
 
 
+def span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"is {text!r}; write two step numbers, such as 10:12")
+    return int(first), int(last)
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for word in text.split(",") if word))
 

@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 from vla_jax import config
-from vla_jax.cli.arguments import command, counts, folder, positive, words
+from vla_jax.cli.arguments import command, counts, folder, positive, span, words
 from vla_jax.types import UserError
 
 
 def add(commands) -> None:
-    command(commands, "train", _train, "train, or go on from the newest checkpoint in the workdir", takes_config=True, workdir=True)
+    p = command(commands, "train", _train, "train, or go on from the newest checkpoint in the workdir", takes_config=True, workdir=True)
+    p.add_argument("--profile", type=span, default=None, metavar="FIRST:LAST", help="write a trace of these steps to WORKDIR/profile")
     p = command(commands, "eval", _eval, "token and action metrics of a run on held-out episodes", takes_config=True, workdir=True)
     p.add_argument("--frames", type=positive, default=64, help="held-out frames per dataset for the action error")
+    p = command(commands, "runs", _runs, "the curves of one run or of several, on a page")
+    p.add_argument("run_dirs", nargs="+", metavar="DIR", help="workdirs of runs")
+    p.add_argument("--out", required=True, metavar="FILE.html")
     p = command(commands, "export", _export, "a checkpoint -> a folder that acts on its own")
     p.add_argument("run_dir", metavar="RUN[@STEP]", help="the workdir of a run, and optionally a step of it")
     p.add_argument("out", metavar="OUT")
@@ -29,6 +33,13 @@ def add(commands) -> None:
     p.add_argument(
         "--vocab", type=positive, default=0, help="rows of the embedding to take (default: all; PaliGemma has 257152 before padding)"
     )
+    p = command(
+        commands, "compile-check", _compile_check, "a run compiled for TPUs that are not there: memory, time, cost", takes_config=True
+    )
+    p.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:8x8 or v5p:4x4x4")
+    p.add_argument("--slices", type=positive, default=1, help="of that topology each, joined by the data centre's network (default: 1)")
+    p.add_argument("--quick", action="store_true", help="do not look for the largest batch")
+    p.add_argument("--out", default="", metavar="FILE", help="append the report as a JSON line here")
     command(commands, "config", _config, "print the resolved config and where each value comes from", takes_config=True)
     p = command(commands, "demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
     p.add_argument("--workdir", default="runs/demo", type=folder, metavar="DIR")
@@ -46,7 +57,14 @@ def add(commands) -> None:
     data.add_argument("--peers", action="store_true", help="also tensorflow-datasets on the same files")
     data.add_argument("--seconds", type=float, default=2.0, help="length of one window (default: 2)")
     data.add_argument("--frames", type=positive, default=0, help="smaller sets, to try it out")
-    step = command(bench, "step", _bench_step, "model FLOP/s of a config's training step", takes_config=True)
+    step = command(bench, "step", _bench_step, "a config's training step: time, FLOP/s, memory, parts", takes_config=True)
+    step.add_argument("--batch", default="data", metavar="KIND", help="data, or made-up samples: full, padded or packed (default: data)")
+    step.add_argument(
+        "--beside", action="append", default=[], metavar="WHAT", help="measured in turns with it: full_loss, padded, or group.key=value"
+    )
+    step.add_argument("--parts", action="store_true", help="also encoder, decoder, loss and optimizer by themselves")
+    step.add_argument("--peer", default="", metavar="FILE", help="another program that prints JSON lines with `ms` and `samples_s`")
+    step.add_argument("--peer-arguments", default="", metavar="TEXT", help="for it, as one word")
     tokens = command(bench, "tokens", _bench_tokens, "chunks a second of the action tokenizers, beside HF's `tokenizers`")
     decode = command(bench, "decode", _bench_decode, "one more token of a decoder, against the bound of memory")
     decode.add_argument("--preset", default="3b", help="the model (default: 3b)")
@@ -68,7 +86,8 @@ def _train(args) -> int:
         print(line)
     from vla_jax.train import loop
 
-    loop.train(loop.prepare(args.config, args.workdir, where=args.config_spec))
+    distributed.keep_compiled()
+    loop.train(loop.prepare(args.config, args.workdir, where=args.config_spec), profile=args.profile)
     return 0
 
 
@@ -81,6 +100,13 @@ def _eval(args) -> int:
     found = evaluate.run(args.config, args.workdir, frames=args.frames, where=args.config_spec)
     if distributed.is_main():
         print(json.dumps(found, indent=1))
+    return 0
+
+
+def _runs(args) -> int:
+    from vla_jax.train import curves
+
+    print(f"wrote {curves.page([Path(d).expanduser() for d in args.run_dirs], Path(args.out).expanduser())}")
     return 0
 
 
@@ -111,6 +137,20 @@ def _import(args) -> int:
     return 0
 
 
+def _compile_check(args) -> int:
+    from vla_jax.bench.run import stamp
+    from vla_jax.train import compile_check, roofline
+
+    made = compile_check.run(args.config, args.topology, slices=args.slices, where=args.config_spec, quick=args.quick)
+    print(roofline.table(made))
+    if args.out:
+        with open(args.out, "a") as f:
+            f.write(json.dumps({"topology": args.topology, **made, **stamp()}) + "\n")
+    if not made["fits"]:
+        raise UserError(roofline.advice(made))
+    return 0
+
+
 def _config(args) -> int:
     print(config.render(args.config, args.origin))
     return 0
@@ -137,7 +177,9 @@ def _bench_data(args) -> int:
 def _bench_step(args) -> int:
     from vla_jax.bench import run
 
-    _show(run.step(args.config, repeats=args.repeats, where=args.config_spec), args.out)
+    options = {"batch": args.batch, "beside": tuple(args.beside), "parts": args.parts, "peer": args.peer}
+    for line in run.step(args.config, repeats=args.repeats, where=args.config_spec, peer_arguments=args.peer_arguments, **options):
+        _show(line, args.out)
     return 0
 
 

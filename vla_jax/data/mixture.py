@@ -105,6 +105,11 @@ class Sampler:
         epoch = number // size
         return dataset, epoch, _permute(number % size, size, mix_keys(self.seed, 1 + dataset, epoch))
 
+    def counts(self, n: int) -> np.ndarray:
+        """i64[datasets]: how many of the samples 0 .. n - 1 are of each."""
+        deal = _deal(self.seed, self.quotas, n // BLOCK)[0]
+        return n // BLOCK * np.array(self.quotas) + np.bincount(deal[: n % BLOCK], minlength=len(self.quotas))
+
     def fingerprint(self, digests) -> str:
         """Of all that decides which frames are drawn: seed, sizes, quotas and the indexes' digests."""
         text = json.dumps([self.seed, self.sizes, self.quotas, list(digests)])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.decoder import Attention, Mlp
-from vla_jax.models.layers import RMSNorm, fan_in, stack, weight
+from vla_jax.models.layers import RMSNorm, fan_in, layer_input, stack, weight
 from vla_jax.models.presets import VLAConfig
 
 _PERIODS = 4e-3, 4.0  # shortest and longest of the time embedding
@@ -52,6 +52,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, before, position, mask, condition):
+        x = layer_input(x)
         y, gate = _Norm(name="pre_attention_norm")(x, condition)
         x = x + Attention(self.cfg, name="attn")(y, position, mask, before)[0] * gate
         y, gate = _Norm(name="pre_ffw_norm")(x, condition)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.attention import attention
-from vla_jax.models.layers import Einsum, RMSNorm, fan_in, rope, stack, weight
+from vla_jax.models.layers import Einsum, RMSNorm, fan_in, kept, layer_input, rope, stack, weight
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import constrain
 
@@ -24,10 +24,10 @@ class Attention(nn.Module):
         kv = Einsum((2, c.kv_heads, c.width, c.head_dim), (None, None, "embed", None), fan_in(2, (1, 3)), name="kv_einsum")(
             "btd,ckde->cbtke", x
         )
-        q, k, v = rope(q, position) * c.head_dim**-0.5, rope(kv[0], position), kv[1]
+        q, k, v = kept((rope(q, position) * c.head_dim**-0.5, rope(kv[0], position), kv[1]), "in")
         if before is not None:
             k, v = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(before, (k, v)))
-        y = attention(q, k, v, mask, most=c.attn_cap, kernel=self.cfg.attention)
+        y = kept(attention(q, k, v, mask, most=c.attn_cap, kernel=self.cfg.attention), "out")
         out = Einsum((c.heads, c.head_dim, c.width), ("heads", None, "embed"), fan_in((0, 1), 2), name="attn_vec_einsum")(
             "bthe,hed->btd", y
         )
@@ -53,6 +53,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, position, mask):
+        x = layer_input(x)
         y, kv = Attention(self.cfg, name="attn")(RMSNorm(name="pre_attention_norm")(x), position, mask)
         after = self.cfg.language.post_norms
         x = x + (RMSNorm(name="post_attention_norm")(y) if after else y)
@@ -71,9 +72,10 @@ class Embedder(nn.Module):
         c = self.cfg
         init = nn.initializers.normal(c.language.width**-0.5)
         table = self.param("input_embedding", weight(init, "vocab", "embed"), (c.vocab, c.language.width))
-        # looked up in a gathered table: the rows' gradient then stays where the rows are, and is reduced once
-        table = constrain(table.astype(jnp.dtype(c.dtype)), ("vocab", None))
-        return table[tokens] * jnp.asarray(c.language.width**0.5, c.dtype)
+        # every device looks its part of the width up, for the rows of all: these parts are exchanged, and never the table
+        x = constrain(table.astype(jnp.dtype(c.dtype)), ("vocab", "embed"))[constrain(tokens, ("replica", None))]
+        x = constrain(constrain(x, ("replica", None, "embed")), ("batch", None, None))
+        return x * jnp.asarray(c.language.width**0.5, c.dtype)
 
 
 class Decoder(nn.Module):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from vla_jax.sharding import constrain
 
 _UNROLL = 4  # stacks no deeper than this are unrolled: a quarter off the step time on CPU, at no cost in compile time
-_POLICIES = {"full": None, "dots": "dots_with_no_batch_dims_saveable"}
 
 
 def weight(init, *axes):
@@ -20,11 +22,36 @@ def fan_in(in_axis=-2, out_axis=-1, gain: float = 1.0):
     return nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis)
 
 
+def kept(values, when: str):
+    """Marks what attention takes (`in`) and gives (`out`), for `remat_policy`."""
+    return jax.tree.map(lambda x: checkpoint_name(x, f"attention_{when}"), values)
+
+
+def remat_policy(name: str):
+    """What a layer's forward pass leaves for its backward pass; all else is computed again. full: the layer's input alone; attention:
+    its queries, keys, values and what attention made of them, too; dots: the results of all matrix products; offload: as full, and
+    the inputs wait in the host's memory (TPU, GPU)."""
+    policies = jax.checkpoint_policies
+    return {
+        "full": lambda: None,
+        "attention": lambda: policies.save_only_these_names("attention_in", "attention_out"),
+        "dots": lambda: policies.dots_with_no_batch_dims_saveable,
+        "offload": lambda: policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_in"], offload_src="device", offload_dst="pinned_host"
+        ),
+    }[name]()
+
+
+def layer_input(x):
+    """[b n d] as a layer takes it: rows over the devices, whole otherwise. Said in every layer: left to itself, the compiler may
+    divide the width as the weights are, and then sums activations over all devices (docs/log.md)."""
+    return checkpoint_name(constrain(x, ("batch", None, None)), "layer_in")
+
+
 def stack(block: type[nn.Module], depth: int, remat: str, *, in_axes, out_axes=0):
     """`depth` copies of a block whose weights are stacked on axis 0 (logical axis "layers"), run by lax.scan."""
     if remat != "none":
-        name = _POLICIES[remat]
-        block = nn.remat(block, policy=getattr(jax.checkpoint_policies, name) if name else None, prevent_cse=False)
+        block = nn.remat(block, policy=remat_policy(remat), prevent_cse=False)
     return nn.scan(
         block,
         variable_axes={"params": 0},

@@ -101,7 +101,7 @@ PRESETS = {
     "paligemma2_10b": (VISIONS["so400m_14"], LANGUAGES["gemma2_9b"]),
 }
 EXPERTS = {"none": None, "tiny": (24, 48), "debug": (64, 192), "demo": (64, 192), "300m": (1024, 4096)}  # width, mlp; the last is pi0's
-DTYPES, REMAT, ATTENTION = ("bfloat16", "float32"), ("none", "full", "dots"), ("auto", "xla", "cudnn", "splash")
+DTYPES, REMAT, ATTENTION = ("bfloat16", "float32"), ("none", "full", "attention", "dots", "offload"), ("auto", "xla", "cudnn", "splash")
 
 
 def parts(preset: str) -> tuple[Vision, Language]:

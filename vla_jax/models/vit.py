@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.attention import attention
-from vla_jax.models.layers import LayerNorm, fan_in, stack, weight
+from vla_jax.models.layers import LayerNorm, fan_in, kept, layer_input, stack, weight
 from vla_jax.models.presets import VLAConfig
+from vla_jax.sharding import constrain
 
 
 class _Dense(nn.Module):
@@ -35,8 +36,8 @@ class _Attention(nn.Module):
         v = self.cfg.vision
         head_dim = v.width // v.heads
         project = lambda name: _Dense((v.heads, head_dim), ("embed", "heads", None), name=name)
-        q, k, val = project("query")(x), project("key")(x), project("value")(x)
-        y = attention(q * head_dim**-0.5, k, val, None, kernel=self.cfg.attention)
+        q, k, val = kept((project("query")(x), project("key")(x), project("value")(x)), "in")
+        y = kept(attention(q * head_dim**-0.5, k, val, None, kernel=self.cfg.attention), "out")
         return _Dense((v.width,), ("heads", None, "embed"), contract=2, name="out")(y)
 
 
@@ -55,6 +56,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        x = layer_input(x)
         x = x + _Attention(self.cfg, name="MultiHeadDotProductAttention_0")(LayerNorm(name="LayerNorm_0")(x))
         return x + _Mlp(self.cfg, name="MlpBlock_0")(LayerNorm(name="LayerNorm_1")(x)), None
 
@@ -103,8 +105,9 @@ class ImageEncoder(nn.Module):
     @nn.compact
     def __call__(self, images):
         cfg = self.cfg
+        images = constrain(images, ("batch", None, None, None))
         x = images.astype(jnp.dtype(cfg.dtype)) / 127.5 - 1
         x = _Patches(cfg, name="embedding")(x)
         position = self.param("pos_embedding", weight(_sincos, None, None, "embed"), (1, x.shape[1], cfg.vision.width))
         x = _Transformer(cfg, name="Transformer")(x + position.astype(x.dtype))
-        return _Dense((cfg.language.width,), ("embed", None), name="head")(x)
+        return constrain(_Dense((cfg.language.width,), ("embed", None), name="head")(x), ("batch", None, None))

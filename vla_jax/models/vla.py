@@ -46,7 +46,7 @@ class _VLA(nn.Module):
     def embed(self, images, tokens, segment, state):
         """Puts image tokens and states where their placeholders stand: the i-th IMAGE of a row is the i-th image token."""
         b, m = images.shape[:2]
-        x = constrain(self.llm.embed(jnp.maximum(tokens, 0)), ("batch", None, None))
+        x = self.llm.embed(jnp.maximum(tokens, 0))
         encoded = self.img(images.reshape(b * m, *images.shape[2:]))
         encoded = constrain(encoded.reshape(b, -1, encoded.shape[-1]), ("batch", None, None))
         is_image = tokens == IMAGE
@@ -134,6 +134,17 @@ def apply(cfg: VLAConfig, params: dict, batch):
     """types.Batch -> hidden states [b n d] after the final norm. Logits are `hidden @ embedding(params).T`."""
     args = (batch.images, batch.tokens, batch.segment, batch.position, batch.block, batch.state)
     return _VLA(cfg).apply({"params": merged(cfg, params)}, *args, method=_VLA.hidden)
+
+
+def encode(cfg: VLAConfig, params: dict, images):
+    """The image encoder alone: u8[i h w 3] -> [i tokens d]."""
+    return _VLA(cfg).apply({"params": merged(cfg, params)}, images, method=lambda model, x: model.img(x))
+
+
+def decode(cfg: VLAConfig, params: dict, x, segment, position, block):
+    """The decoder alone: embedded tokens [b n d] -> hidden states as `apply`."""
+    run = lambda model, *args: model.llm(*args)[0]
+    return _VLA(cfg).apply({"params": merged(cfg, params)}, x, position, mask(segment, block), method=run)
 
 
 def embedding(params: dict):

@@ -31,6 +31,7 @@ class Meta:
     vocab: int
     state_dim: int
     stream: list[list[int]]
+    productive_s: float = 0.0  # seconds that went into its steps, those of earlier starts included
 
 
 class Checkpointer:
@@ -45,6 +46,12 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "meta"))
         quiet.setLevel(level)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
 
     def latest(self) -> int | None:
         return self._manager.latest_step()

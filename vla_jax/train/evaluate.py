@@ -50,6 +50,32 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     return {"step": latest, **out}
 
 
+class Evaluation:
+    """What a run measures of itself on held-out episodes while it trains."""
+
+    def __init__(self, source: Source, cfg: VLAConfig, mesh, where):
+        from vla_jax.train import step
+
+        self._config, self._cfg, self._mesh = source.config, cfg, mesh
+        self._held_out = source.held_out() if source.config.data.holdout > 0 else None
+        self._step = step.make_eval_step(source.config, cfg, mesh, where, datasets=len(source.names))
+
+    def due(self, now: int) -> bool:
+        t = self._config.train
+        return self._held_out is not None and (now == t.steps or (t.eval_every > 0 and now % t.eval_every == 0))
+
+    def __call__(self, params) -> dict[str, dict]:
+        """{dataset: nll, accuracy, targets or flow, and with train.eval_frames `mae`, `baseline` and `valid` as `action_errors` says}."""
+        t = self._config.train
+        found = token_metrics(self._config, self._held_out, self._step, params, self._mesh, batches=t.eval_batches)
+        if t.eval_frames:
+            head = "flow" if t.objective == "flow" else "tokens"
+            plain, merged = dataclasses.replace(self._cfg, lora=None), vla.merged(self._cfg, params)
+            for name, errors in action_errors(plain, self._held_out, merged, frames=t.eval_frames, head=head, mesh=self._mesh).items():
+                found.setdefault(name, {}).update({k: v for k, v in errors.items() if k != "first"})
+        return found
+
+
 def token_metrics(config: Config, source: Source, eval_step, params, mesh, *, batches: int) -> dict[str, dict[str, float]]:
     """Over the same first `batches` held-out batches each time: {dataset: {nll, accuracy, targets}}; nll in nats a token;
     truncated: share of samples whose text was cut, where any was."""

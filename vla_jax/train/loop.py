@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import base64
+import collections
+import contextlib
 import dataclasses
 import json
-import time
-from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from vla_jax import distributed, sharding
-from vla_jax.config import Config
+from vla_jax.config import Config, Train
 from vla_jax.data import feed, stats
 from vla_jax.data.source import Source, open_source
 from vla_jax.data.stream import Stream, initial_state
 from vla_jax.models import attention, lora, presets, vla
-from vla_jax.models.presets import Lora, VLAConfig
+from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens import files
 from vla_jax.train import checkpoint, evaluate, metrics, optim, state, step
 from vla_jax.train.checkpoint import Checkpointer, Meta
+from vla_jax.train.evaluate import Evaluation
+from vla_jax.train.meter import Meter, Profile, memory, utilisation
 from vla_jax.types import TrainState, UserError
 
 
@@ -44,23 +46,11 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     except OSError as e:
         raise UserError(f"workdir {workdir} cannot be made: {e.strerror}. Name a folder that may be written.") from e
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
-    sharding.check_batch(config.pack.rows, mesh, where=where)
+    sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
     started = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
     source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json", refit=not started)
-    cfg = presets.resolve(
-        config.model.preset,
-        vocab=source.layout.vocab_size,
-        image_size=config.data.image_size,
-        state_dim=source.shape[2] if source.layout.state == "continuous" else 0,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        expert=config.model.expert,
-        expert_dims=config.model.expert_dims,
-        attention=config.model.attention,
-    )
-    if config.train.lora_rank:
-        cfg = dataclasses.replace(cfg, lora=Lora(config.train.lora_rank, config.train.lora_alpha, config.train.lora_on))
+    cfg = state.model_config(config, vocab=source.layout.vocab_size, state_dim=source.shape[2])
     trained = lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train)  # patterns are checked
     drawn = source.layout.vocab_size - source.layout.text.vocab_size
     if config.model.init and config.train.objective != "flow" and drawn and not vla.embedding(trained):
@@ -75,72 +65,79 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
             f"the mixture has actions of {source.shape[1]} and states of {source.shape[2]} numbers, more than model.expert_dims "
             f"{cfg.expert.action_dim}. Raise --config.model.expert_dims."
         )
-    distributed.agree("config", f"{config.digest()} {config.model.attention} {config.model.remat}")  # one program on all
+    how = config.model.attention, config.model.remat, config.train.accumulate, config.train.spike  # no part of the digest
+    distributed.agree("config", f"{config.digest()} {how}")  # one program on all
     distributed.agree("data", source.fingerprint())
     return Run(config, workdir, mesh, source, cfg)
 
 
-def train(run: Run, *, quiet: bool = False) -> TrainState:
-    """Trains from the newest checkpoint in the workdir, or from the start, to `train.steps`; returns the final state."""
+def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = None) -> TrainState:
+    """Trains from the newest checkpoint in the workdir, or from the start, to `train.steps`; returns the final state.
+
+    profile: (first, last) step of which a trace is written to workdir/profile. Raises: UserError, besides what the parts raise, when
+    train.max_skips steps in a row had to be skipped.
+    """
     config, t, names = run.config, run.config.train, run.source.names
-    tx = optim.make(t)
-    with_ema = t.ema > 0
+    tx, with_ema, main = optim.make(t), t.ema > 0, distributed.is_main()
     abstract, where = state.shardings(run.cfg, tx, run.mesh, with_ema=with_ema)
     checkpoints = Checkpointer(run.workdir, keep=t.keep)
-    first, flow = checkpoints.latest() or 0, initial_state(config)
+    first, flow, productive = checkpoints.latest() or 0, initial_state(config), 0.0
     if first:
         meta = checkpoints.meta(first)
         checkpoint.check_same_run(meta, config, checkpoints.path, run.source)
-        current = checkpoints.restore(first, abstract, where)
+        current, productive = checkpoints.restore(first, abstract, where), meta.productive_s
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
         current = state.create(
             run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema, init=config.model.init, text_vocab=run.source.layout.text.vocab_size
         )
     if first >= t.steps:
-        if distributed.is_main() and not quiet:
+        if main and not quiet:
             print(f"already done: {run.workdir} is at step {first} of {t.steps}")
         checkpoints.close()
         return current
 
     train_step = step.make_train_step(config, run.cfg, tx, run.mesh, where, datasets=len(names))
-    eval_step = step.make_eval_step(config, run.cfg, run.mesh, where.params, datasets=len(names))
-    held_out = run.source.held_out() if config.data.holdout > 0 else None
-    on_cpu = jax.default_backend() == "cpu"
+    evaluation = Evaluation(run.source, run.cfg, run.mesh, where.params)
     share = len(flow) // distributed.process_count()
     mine = flow[distributed.process_index() * share :][:share]
     stream = Stream(run.source, process=distributed.process_index(), processes=distributed.process_count(), state=mine)
-    ahead = feed.Feed(stream, run.mesh)
-    with jax.set_mesh(run.mesh), stream, ahead, metrics.Writer(run.workdir, first=first, last=t.steps, quiet=quiet) as writer:
+    ahead, meter, queued = feed.Feed(stream, run.mesh), Meter(run.workdir, productive), collections.deque()
+    lag = 0 if jax.default_backend() == "cpu" else 1  # virtual devices share a few threads: a collective may need those of a queued step
+    with (
+        jax.set_mesh(run.mesh),
+        checkpoints,
+        stream,
+        ahead,
+        Profile(run.workdir / "profile", profile if main else None) as trace,
+        metrics.Writer(run.workdir, config, first=first, quiet=quiet) as writer,
+    ):
         writer.log(first, {"data": _used(run.source)})
-        since, waited, at = time.perf_counter(), 0.0, first
         for now in range(first + 1, t.steps + 1):
-            before = time.perf_counter()
-            batch, after = next(ahead)
-            waited += time.perf_counter() - before
-            current, measured = train_step(current, batch)
-            if on_cpu:  # virtual devices share a few threads: queued steps could take those that a collective waits for
-                jax.block_until_ready(measured)
+            trace.before(now)
+            with jax.transfer_guard("disallow"):  # nothing crosses between host and devices: the batch is there already
+                with meter.waiting("data", idle=lambda: not queued or queued[-1].is_ready()):
+                    batch, after = next(ahead)
+                with meter.waiting("compile") if now == first + 1 else contextlib.nullcontext():
+                    current, measured = train_step(current, batch)
+                queued.append(measured["loss"])
+                if len(queued) > lag:  # the devices always have their next step, and never a queue of batches
+                    jax.block_until_ready(queued.popleft())
+            trace.after(now, measured)
+            meter.steps += 1
             writer.progress(now)
             if now % t.log_every == 0 or now == t.steps:
                 values = _readable(measured, names)
-                elapsed, steps = time.perf_counter() - since, now - at
-                values |= {
-                    "step_s": elapsed / steps,
-                    "data_wait_share": waited / elapsed,
-                    "slots_used": values["tokens"] / (config.pack.rows * config.pack.length),
-                }
-                values |= {"skipped": _total({f"{d}/{why}": n for (d, why), n in dict(stream.skipped).items()})}
-                values |= {"truncated": _total(dict(stream.truncated))}
-                cut = sum(values["truncated"].values())
-                writer.log(now, {"train": values}, show=f"loss {values['loss']:.3f}" + (f", {cut} prompts cut" if cut else ""))
-                since, waited, at = time.perf_counter(), 0.0, now
-            if held_out and (now == t.steps or (t.eval_every and now % t.eval_every == 0)):
-                found = evaluate.token_metrics(config, held_out, eval_step, current.params, run.mesh, batches=t.eval_batches)
-                writer.log(now, {"eval": found})
+                values |= meter.window()
+                values |= _held(run, values.pop("work"), values["step_s"]) | _counted(run, stream, after) | {"memory": memory()}
+                writer.log(now, {"train": values}, show=_line(values))
+                _halt(values, now, t, checkpoints)
+            if evaluation.due(now):
+                with meter.waiting("eval"):
+                    writer.log(now, {"eval": evaluation(current.ema or current.params)})
             if now % t.save_every == 0 or now == t.steps:  # before the next batch is taken
-                checkpoints.save(now, current, _meta(run, feed.gather_states(after)))
-    checkpoints.close()
+                with meter.waiting("checkpoint"):
+                    checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter.productive))
     return current
 
 
@@ -150,23 +147,61 @@ def _used(source: Source) -> dict:
     return {ix.card.name: kept(ix) for ix in source.indexes}
 
 
-def _total(mine: dict[str, int]) -> dict[str, int]:
-    """What this process has counted since the run was started or resumed, summed over all hosts: samples passed over by
-    `dataset/cause`, samples whose text was cut by dataset."""
-    total: Counter = Counter()
-    for counts in distributed.gather_json(mine):
-        total.update(counts)
-    return dict(sorted(total.items()))
+def _counted(run: Run, stream: Stream, after: np.ndarray) -> dict:
+    """Over all hosts: epochs of each dataset so far; and since the run was started or resumed, samples passed over by
+    `dataset/cause` and samples whose text was cut by dataset."""
+    skipped = {f"{d}/{why}": n for (d, why), n in dict(stream.skipped).items()}
+    drawn = int(after[:, 0].sum() - (after[:, 1:] >= 0).sum())
+    told = distributed.gather_json({"skipped": skipped, "truncated": dict(stream.truncated), "drawn": drawn})
+    total = lambda what: dict(sorted(sum((collections.Counter(x[what]) for x in told), collections.Counter()).items()))
+    counts = run.source.sampler.counts(sum(x["drawn"] for x in told))
+    epochs = {name: n / len(frames) for name, n, frames in zip(run.source.names, counts.tolist(), run.source.frames)}
+    return {"epochs": epochs, "skipped": total("skipped"), "truncated": total("truncated")}
 
 
 def _readable(measured: dict, names: tuple[str, ...]) -> dict:
-    """Device scalars -> floats, and the sums by dataset -> means by name."""
-    host = jax.tree.map(np.asarray, measured)
-    sums = host.pop("datasets")
-    return {**{k: float(v) for k, v in host.items()}, "dataset": evaluate.summarise(sums, names)}
+    """Device scalars -> numbers, and the sums by dataset -> means by name."""
+    host = jax.device_get(measured)
+    sums, tally = host.pop("datasets"), host.pop("tally")
+    seen = {name: int(tally[name][0]) * (1 << 20) + int(tally[name][1]) for name in ("samples", "tokens")}
+    skips = {"skipped_steps": int(tally["skipped"]), "skipped_in_a_row": int(tally["in_a_row"])}
+    return {**jax.tree.map(lambda x: x.item(), host), "seen": seen, **skips, "dataset": evaluate.summarise(sums, names)}
 
 
-def _meta(run: Run, flow: np.ndarray) -> Meta:
+def _held(run: Run, work: dict, step_s: float) -> dict:
+    """What the last batch held, and the rates at which such batches are learned from."""
+    pack = run.config.pack
+    expert = {"expert_tokens": 0, "expert_pairs": 0}
+    if run.cfg.expert and run.config.train.objective != "tokens":
+        own = run.source.shape[0] + 1
+        expert = {"expert_tokens": work["samples"] * own, "expert_pairs": own * (work["tokens"] + work["samples"] * own)}
+    rates = {"samples_per_s": work["samples"] / step_s, "tokens_per_s": work["tokens"] / step_s}
+    used = {"samples": work["samples"], "tokens": work["tokens"], "slots_used": work["tokens"] / (pack.rows * pack.length)}
+    return used | rates | utilisation(run.cfg, work | expert, step_s)
+
+
+def _line(values: dict) -> str:
+    """Beside the progress bar."""
+    cut, skipped = sum(values["truncated"].values()), values["skipped_steps"]
+    parts = [f"loss {values['loss']:.3f}", f"{values['samples_per_s']:.0f} samples/s"]
+    parts += [f"MFU {values['mfu']:.0%}"] if "mfu" in values else []
+    parts += [f"{skipped} steps skipped"] if skipped else []
+    return ", ".join(parts + ([f"{cut} prompts cut"] if cut else []))
+
+
+def _halt(values: dict, now: int, t: Train, checkpoints: Checkpointer) -> None:
+    """Raises: UserError when the run cannot go on like this."""
+    if values["skipped_in_a_row"] >= t.max_skips:
+        checkpoints.close()
+        raise UserError(
+            f"stopped at step {now}: the last {values['skipped_in_a_row']} steps were skipped (train.max_skips={t.max_skips}), because loss "
+            f"({values['loss']:g}) or gradient (norm {values['grad_norm']:g}) were not finite or a spike (train.spike={t.spike:g}). "
+            f"The parameters are those of the last step that was taken; checkpoints: {checkpoints.steps() or 'none'}. Lower train.lr, raise train.warmup "
+            "or train.spike, or look at the data of these steps, and start again: the run goes on from its newest checkpoint."
+        )
+
+
+def _meta(run: Run, flow: np.ndarray, productive_s: float) -> Meta:
     source = run.source
     return Meta(
         config=json.loads(json.dumps(dataclasses.asdict(run.config))),
@@ -179,4 +214,5 @@ def _meta(run: Run, flow: np.ndarray) -> Meta:
         vocab=source.layout.vocab_size,
         state_dim=run.cfg.state_dim,
         stream=flow.tolist(),
+        productive_s=productive_s,
     )

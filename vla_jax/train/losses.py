@@ -1,40 +1,63 @@
-"""Cross-entropy on the positions that have a target, in chunks: never logits of a whole sequence over the vocabulary."""
+"""Cross-entropy on the positions that have a target, in chunks: never logits of a whole sequence over the vocabulary.
+
+The vocabulary is divided over the devices that share one copy of the weights: each makes the logits of its part for the targets of all of
+them. What travels are the hidden states of the targets, megabytes, and not the table of embeddings and its gradient, gigabytes.
+"""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from vla_jax.models.layers import cap
+from vla_jax.sharding import RULES, constrain
 
-CHUNK = 512  # positions whose logits exist at one time, per row block
+LOGITS = 1 << 28  # that exist at one time on a device: 1 GiB in float32
+
+
+def _chunk(rows: int, targets: int, vocab: int) -> int:
+    """Positions of each row whose logits exist at one time: as even parts of `targets` as LOGITS allows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        sizes = dict(mesh.shape)
+        ways = lambda over: math.prod(sizes[a] for a in ((over,) if isinstance(over, str) else over or ()))
+        rows //= ways(RULES.spec(("replica",), (rows,), mesh)[0])
+        vocab //= ways(RULES.spec(("logits",), (vocab,), mesh)[0])
+    parts = -(-rows * targets * vocab // LOGITS)
+    return -(-targets // min(parts, targets))
 
 
 def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float = 0.0) -> dict:
     """hidden [b n d], table f32[v d], target i32[b n], weight f32[b n] -> per-position arrays over the targets.
 
-    targets: positions with weight > 0 in a row, at most (the packer's limit). Returns {"nll", "correct", "weight",
-    "position"}, each [b targets]; slots without a target have weight 0. Log-softmax in float32, of logits capped as the model's are.
+    targets: positions with weight > 0 in a row, at most (the packer's limit). Returns {"nll", "correct", "log_z", "weight",
+    "position"}, each [b targets]; slots without a target have weight 0. Log-softmax in float32, of logits capped as the model's are;
+    log_z is the logarithm of its normaliser.
     """
-    weight, position = jax.lax.top_k(weight, targets)
-    h = jnp.take_along_axis(hidden, position[..., None], axis=1)
-    labels = jnp.take_along_axis(target, position, axis=1)
-    size = min(CHUNK, targets)
+    weight, position = (constrain(x, ("batch", None)) for x in jax.lax.top_k(weight, targets))
+    picked = jnp.take_along_axis(hidden, position[..., None], axis=1), jnp.take_along_axis(target, position, axis=1)
+    # picked where the rows are, which is where their gradient returns to
+    h, labels = (constrain(constrain(x, ("batch", None, None)[: x.ndim]), ("replica", None, None)[: x.ndim]) for x in picked)
+    table = constrain(table.astype(h.dtype), ("logits", None))
+    size = _chunk(len(h), targets, len(table))
     pad = -targets % size
     split = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint  # logits are made again in the backward pass instead of being kept
     def chunk(args):
         h, labels = args
-        logits = jnp.einsum("btd,vd->btv", h, table.astype(h.dtype), preferred_element_type=jnp.float32)
-        logits = cap(logits, logit_cap)
+        logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32)
+        logits = constrain(cap(logits, logit_cap), ("replica", None, "logits"))
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return nll, jnp.argmax(logits, axis=-1) == labels
+        # a masked sum, since a look-up would gather the divided vocabulary
+        at = jnp.sum(jnp.where(jnp.arange(len(table)) == labels[..., None], logits, 0), axis=-1)
+        return log_z - at, at >= jnp.max(logits, axis=-1), log_z
 
-    nll, correct = jax.lax.map(chunk, (split(h), split(labels)))
-    join = lambda x: x.swapaxes(0, 1).reshape(len(h), -1)[:, :targets]
-    return {"nll": join(nll), "correct": join(correct), "weight": weight, "position": position}
+    found = jax.lax.map(chunk, (split(h), split(labels)))
+    nll, correct, log_z = (x.swapaxes(0, 1).reshape(len(h), -1)[:, :targets] for x in found)
+    return {"nll": nll, "correct": correct, "log_z": log_z, "weight": weight, "position": position}
 
 
 def widened(x, dims: int):

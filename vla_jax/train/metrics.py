@@ -1,32 +1,38 @@
-"""Where a run's numbers go: a progress bar, one JSON line per log step, and TensorBoard. Only the first process writes."""
+"""Where a run's numbers go: a progress bar, one JSON line per log step, TensorBoard, and W&B if asked for. Only the first process writes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from pathlib import Path
 
 from vla_jax import distributed
+from vla_jax.config import Config
+from vla_jax.types import UserError
+
+FILE = "metrics.jsonl"
 
 
 class Writer:
     """log(step, values): nested dicts become `a/b` keys. Use as a context manager."""
 
-    def __init__(self, workdir: Path, *, first: int, last: int, quiet: bool = False):
+    def __init__(self, workdir: Path, config: Config, *, first: int, quiet: bool = False):
+        """Raises: UserError when train.wandb is set and W&B is not installed."""
         self.active = distributed.is_main()
-        self._file = self._board = self._bar = None
+        self._file = self._board = self._bar = self._wandb = None
         if self.active:
             from tensorboardX import SummaryWriter
             from tqdm import tqdm
 
             workdir.mkdir(parents=True, exist_ok=True)
-            self._file = open(workdir / "metrics.jsonl", "a")
+            self._wandb = _wandb(workdir, config)
+            self._file = open(workdir / FILE, "a")
             self._board = SummaryWriter(str(workdir / "tensorboard"))
             # in a log file one line every ten seconds is enough
-            self._bar = tqdm(
-                total=last, initial=first, unit="step", disable=quiet, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10
-            )
+            every = 0.2 if sys.stderr.isatty() else 10
+            self._bar = tqdm(total=config.train.steps, initial=first, unit="step", disable=quiet, dynamic_ncols=True, mininterval=every)
 
     def __enter__(self) -> Writer:
         return self
@@ -36,6 +42,8 @@ class Writer:
             self._bar.close()
             self._board.close()
             self._file.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=int(exc[0] is not None))
 
     def progress(self, step: int) -> None:
         if self.active:
@@ -48,11 +56,28 @@ class Writer:
         flat = flatten(values)
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **flat}) + "\n")
         self._file.flush()
-        for key, value in flat.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, step)
+        numbers = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
         if show:
             self._bar.set_postfix_str(show)
+
+
+def _wandb(workdir: Path, config: Config):
+    """The run of Weights & Biases that belongs to this workdir, for every start of it; None if none is asked for."""
+    if not config.train.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError("train.wandb is set and wandb is not installed: pip install wandb, or leave train.wandb empty") from e
+    kept = workdir / "wandb_run"
+    name = kept.read_text().strip() if kept.is_file() else wandb.util.generate_id()
+    kept.write_text(name)
+    settings = {"project": config.train.wandb, "name": workdir.name, "config": dataclasses.asdict(config), "dir": str(workdir)}
+    return wandb.init(id=name, resume="allow", **settings)
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -68,7 +93,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
 def read(workdir: Path) -> list[dict]:
     """The JSON lines of a run, in order; a half-written last line is passed over."""
     out = []
-    path = workdir / "metrics.jsonl"
+    path = workdir / FILE
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             out.append(json.loads(line))

@@ -1,12 +1,35 @@
-"""The optimizer of a run: AdamW, linear warm-up then cosine, clipping by the global norm."""
+"""The optimizer of a run: AdamW, Adafactor or Muon, clipped by the global norm, with a learning rate for each part of the model."""
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from vla_jax.config import Train
 from vla_jax.models import lora
+
+GROUPS = ("vision", "language", "expert")
+
+# Matrices of the layers for Muon: which axes, from the end, a row of inputs is multiplied with, and which ones it becomes
+_MATRICES = (
+    (r".*/q_einsum/w", (-2,), (-3, -1)),
+    (r".*/kv_einsum/w", (-2,), (-3, -1)),
+    (r".*/attn_vec_einsum/w", (-3, -2), (-1,)),
+    (r".*/(query|key|value)/kernel", (-3,), (-2, -1)),
+    (r".*/out/kernel", (-3, -2), (-1,)),
+    (r".*/(gating_einsum|linear|Dense_[01]/kernel)", (-2,), (-1,)),
+)
+
+
+def group(path: str) -> str:
+    """Which of GROUPS a parameter belongs to; the projection of the robot's state goes with the expert, an adapter with its weight."""
+    path = path.removeprefix(f"{lora.NAME}/")
+    return {"img/": "vision", "llm/": "language"}.get(path[:4], "expert")
 
 
 def schedule(train: Train) -> optax.Schedule:
@@ -23,7 +46,52 @@ def make(train: Train) -> optax.GradientTransformation:
 
     tx = optax.chain(
         optax.clip_by_global_norm(train.clip),
-        optax.adamw(schedule(train), b1=0.9, b2=train.b2, weight_decay=train.weight_decay, mask=decayed),
+        {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}[train.optimizer](train),
+        optax.add_decayed_weights(train.weight_decay, decayed),
+        optax.scale_by_learning_rate(schedule(train)),
+        optax.stateless(lambda updates, _: _by_group(updates, train)),
     )
     which = lambda params: jax.tree.map(lambda t: "train" if t else "keep", lora.trainable(params, train))
     return optax.multi_transform({"train": tx, "keep": optax.set_to_zero()}, which)  # what is kept costs no optimizer state
+
+
+def _adam(train: Train) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=train.b1, b2=train.b2, mu_dtype=jnp.dtype(train.moment_dtype))
+
+
+def _adafactor(train: Train) -> optax.GradientTransformation:
+    """Second moments as rows and columns (Shazeer and Stern, 2018), with a first moment and without a scale of the parameters (as in
+    Zhai et al., "Scaling Vision Transformers", 2022): the learning rates of AdamW carry over."""
+    first = optax.ema(train.b1, debias=False, accumulator_dtype=jnp.dtype(train.moment_dtype))
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), first)
+
+
+def _muon(train: Train) -> optax.GradientTransformation:
+    """The layers' matrices orthogonalised (Jordan et al., 2024), scaled so that AdamW's learning rate and decay carry over (Liu et al.,
+    2025: 0.2 times the root of the larger side); embeddings, projections, norms and biases by AdamW."""
+
+    def numbers(path, p) -> MuonDimensionNumbers | None:
+        name = "/".join(k.key for k in path)
+        if re.search(r"(^|/)(layers|encoderblock)/", name) and not name.startswith(lora.NAME):
+            for pattern, inputs, outputs in _MATRICES:
+                if re.fullmatch(pattern, name):
+                    return MuonDimensionNumbers(tuple(p.ndim + i for i in inputs), tuple(p.ndim + o for o in outputs))
+        return None
+
+    def larger(path, p):
+        sides = (math.prod(p.shape[axis] for axis in side) for side in numbers(path, p))
+        return p * 0.2 * max(sides) ** 0.5
+
+    every = jax.tree_util.tree_map_with_path
+    orthogonal = optax.contrib.scale_by_muon(
+        mu_dtype=jnp.dtype(train.moment_dtype), weight_dimension_numbers=lambda updates: every(numbers, updates)
+    )
+    kinds = {"muon": optax.chain(orthogonal, optax.stateless(lambda u, _: every(larger, u))), "adam": _adam(train)}
+    return optax.multi_transform(kinds, lambda params: every(lambda path, p: "muon" if numbers(path, p) else "adam", params))
+
+
+def _by_group(updates, train: Train):
+    factors = {"vision": train.lr_vision, "language": train.lr_language, "expert": train.lr_expert}
+    if set(factors.values()) == {1.0}:
+        return updates
+    return jax.tree_util.tree_map_with_path(lambda path, u: u * factors[group("/".join(k.key for k in path))], updates)

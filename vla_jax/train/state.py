@@ -10,19 +10,41 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vla_jax import tree
+from vla_jax.config import Config
 from vla_jax.models import presets, pretrained, vla
-from vla_jax.models.presets import VLAConfig
+from vla_jax.models.presets import Lora, VLAConfig
 from vla_jax.sharding import make_mesh
 from vla_jax.types import TrainState, UserError
 
 jax.tree_util.register_dataclass(TrainState, [f.name for f in dataclasses.fields(TrainState)], [])
 
 
+def model_config(config: Config, *, vocab: int, state_dim: int) -> VLAConfig:
+    """The model of a config, for so many token ids and a mixture whose largest state has state_dim numbers. Raises: UserError."""
+    model, train = config.model, config.train
+    cfg = presets.resolve(
+        model.preset,
+        vocab=max(vocab, model.vocab),
+        image_size=config.data.image_size,
+        state_dim=state_dim if config.tokens.state == "continuous" else 0,
+        dtype=model.dtype,
+        remat=model.remat,
+        expert=model.expert,
+        expert_dims=model.expert_dims,
+        attention=model.attention,
+    )
+    if train.lora_rank:
+        cfg = dataclasses.replace(cfg, lora=Lora(train.lora_rank, train.lora_alpha, train.lora_on))
+    return cfg
+
+
 def _init(cfg: VLAConfig, tx: optax.GradientTransformation, seed: int, with_ema: bool, params=None) -> TrainState:
     key = jax.random.key(seed)
     params = vla.init(cfg, jax.random.fold_in(key, 0)) if params is None else params
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, jax.random.key_data(key))
+    zero, pair = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)
+    tally = {"skipped": zero, "in_a_row": zero, "norm": jnp.zeros(()), "samples": pair, "tokens": pair}
+    return TrainState(zero, params, tx.init(params), ema, jax.random.key_data(key), tally)
 
 
 def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_ema: bool):
@@ -39,7 +61,8 @@ def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_em
         return places[name] if name and leaf.shape == shapes[name].shape else whole
 
     opt = jax.tree_util.tree_map_with_path(of_optimizer, abstract.opt_state)
-    return abstract, TrainState(whole, specs, opt, specs if with_ema else None, whole)
+    tally = jax.tree.map(lambda _: whole, abstract.tally)
+    return abstract, TrainState(whole, specs, opt, specs if with_ema else None, whole, tally)
 
 
 def convert(source: str, kind: str, out: str, *, preset: str, image_size: int, vocab: int = 0, more: str = "", more_kind: str = "") -> dict:

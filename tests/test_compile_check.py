@@ -1,0 +1,212 @@
+"""Runs compiled for TPUs that are not there (extra `tpu`), and what needs no compiler: shapes, costs, advice."""
+
+import json
+import sys
+
+import pytest
+
+from vla_jax import cli, config, hardware
+from vla_jax.hardware import GIB
+from vla_jax.train import collectives, compile_check, roofline
+from vla_jax.types import UserError
+
+DIAL = "configs/oxe_3b.py:size={},chips={}"
+SMALL = ("model.preset=debug", "model.vocab=8192", "data.image_size=64", "pack.length=512", "pack.images=3")
+
+
+def load(spec, *overrides):
+    return config.load(spec, overrides)[0]
+
+
+@pytest.fixture(scope="module")
+def libtpu():
+    return pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+
+
+def small(chips, *more):
+    return load(DIAL.format("300m", chips), *SMALL, *more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chips, topology", [("v5e-4", "v5e:2x2"), ("v5p-4", "v5p:2x2x1"), ("v6e-4", "v6e:2x2")])
+def test_a_small_run(libtpu, chips, topology):
+    """Everything that the report promises, and the numbers that can be had another way."""
+    c = small(chips, "pack.rows=8")
+    r = compile_check.run(c, topology, quick=True, say=lambda line: None)
+    assert r["fits"] and r["devices"] == r["chips"] == 4 and r["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    m = r["memory"]
+    # float32 parameters, and two moments of each: divided by four but for norms and biases
+    assert r["parameters"] * 4 / 4 <= m["parameters"] < 1.05 * r["parameters"]
+    assert m["optimizer"] == pytest.approx(2 * m["parameters"], rel=1e-3)
+    assert m["total"] == pytest.approx(m["state"] + m["batch"] + m["activations"]) and 0 < m["activations"] < m["hbm"]
+    assert r["flops"]["hardware"] > r["flops"]["model"] > 0
+    sent = {kind: sum(two) for kind, two in r["collectives"].items()}
+    # each device lacks three quarters of the weights, in bfloat16: forward, backward, and the gradient's way back
+    least = 0.75 * 2 * (r["parameters"] - 8192 * 128)
+    assert 2.5 * least < sum(sent.values()) < 8 * least, (sent, least)
+    assert all(far == 0 for _, far in r["collectives"].values())
+    assert r["step_s"] >= r["roofline_s"] > 0 and 0 < r["mfu"] < r["hfu"] < 1
+    assert r["chip_hours"] == pytest.approx(r["days"] * 24 * 4)
+    text = roofline.table(r)
+    for word in ("parameters", "optimizer", "activations", "roofline", "MFU", "chip-hours", "assumed", "samples/s", "all-"):
+        assert word in text, text
+    assert json.loads(json.dumps(r)) == r
+
+
+@pytest.mark.slow
+def test_two_slices_send_gradients_between_them_and_nothing_else(libtpu):
+    c = small("v5e-8", "pack.rows=16", "mesh.data=2", "mesh.fsdp=4")
+    r = compile_check.run(c, "v5e:2x2", slices=2, quick=True, say=lambda line: None)
+    near, far = (sum(two[i] for two in r["collectives"].values()) for i in (0, 1))
+    gradients = 2 * r["parameters"] / 4 * 4  # at most in float32, of a device's part, there and back
+    assert 0 < far < gradients < near
+    with pytest.raises(UserError, match="mesh.data is 1, and the 8 devices are 2 slices"):
+        compile_check.Plan.make(small("v5e-8", "pack.rows=16", "mesh.data=1", "mesh.fsdp=8"), "v5e:2x2", 2)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_says_what_would(libtpu, capsys, tmp_path):
+    """Exit 2, three remedies that were compiled, the fastest first."""
+    argv = ["compile-check", f"--config={DIAL.format('300m', 'v5e-4')}", "--topology=v5e:2x2", f"--out={tmp_path / 'r.jsonl'}"]
+    argv += [f"--config.{o}" for o in ("pack.rows=256", "model.remat=none", "pack.targets=64", "model.vocab=32768")]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "DOES NOT FIT" in out and "Each of these fits, and was compiled; the fastest first" in err
+    lines = [line for line in err.splitlines() if line.startswith("  --config.")]
+    assert len(lines) == 3 and any("accumulate" in line for line in lines), err
+    (r,) = [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
+    rates = [x["report"]["samples_per_s"] for x in r["remedies"]]
+    assert rates == sorted(rates, reverse=True) and all(x["report"]["memory"]["total"] < 15.75 * GIB for x in r["remedies"])
+
+
+@pytest.mark.slow
+def test_the_largest_batch_is_the_largest(libtpu):
+    c = small("v5e-4", "pack.rows=4", "model.preset=100m", "model.remat=none", "model.vocab=65536", "pack.length=1024")
+    said = []
+    plan = compile_check.Plan.make(c, "v5e:2x2")
+    most = compile_check.largest_rows(plan, compile_check.compiled(plan), said.append)
+    assert most % 4 == 0 and most >= 8
+    tried = {int(line.split()[0]): "does not" not in line for line in said}
+    assert tried[most] and not tried[most + 4], said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, chips, topology", [("300m", "v5e-4", "v5e:2x2"), ("1b", "v5e-16", "v5e:4x4"), ("3b", "v5e-16", "v5e:4x4")])
+def test_the_dial_fits_where_it_says(libtpu, size, chips, topology):
+    """As written, on the smallest topologies it is meant for: larger ones leave more room on each chip."""
+    r = compile_check.run(load(DIAL.format(size, chips)), topology, quick=True, say=lambda line: None)
+    assert r["fits"] and r["memory"]["total"] < r["memory"]["hbm"] and r["mfu"] > 0.4 and not r["replicated"]
+
+
+@pytest.mark.parametrize("size", ["300m", "1b", "3b"])
+@pytest.mark.parametrize("chips", ["v5e-16", "v5e-64", "v5e-256", "v5e-1024", "v5p-64", "v6e-256", "tpu7x-64", "h200-8", "v5e-1"])
+def test_the_dial_divides(size, chips):
+    """Every setting: rows divide over the chips, weights over fsdp, and slices are crossed by data alone."""
+    c = load(DIAL.format(size, chips))
+    kind, _, n = chips.partition("-")
+    devices = int(n) * (2 if kind == "tpu7x" else 1)
+    assert c.mesh.data * c.mesh.fsdp == devices and c.pack.rows % devices == 0 and c.pack.rows % c.pack.group == 0
+    assert all(width % c.mesh.fsdp == 0 for width in (1152, 2048, 257152)) and c.model.preset == size
+    assert c.mesh.data % max(1, int(n) // 256) == 0 or kind not in ("v5e", "v6e")
+    assert 1e-6 < c.train.lr < 1e-3 and c.train.steps >= 1000 and c.train.warmup < c.train.steps
+
+
+def test_the_dial_scales_as_derived():
+    lr = lambda size, chips: load(DIAL.format(size, chips)).train.lr
+    assert lr("300m", "v5e-1024") > lr("3b", "v5e-1024")
+    a, b = load(DIAL.format("3b", "v5e-64")), load(DIAL.format("3b", "v5e-256"))
+    assert b.pack.rows == 4 * a.pack.rows and b.train.lr == pytest.approx(2 * a.train.lr)
+    assert a.train.steps == pytest.approx(4 * b.train.steps, rel=0.01)
+    for arg in ("size=7t", "chips=v5e", "chips=v9-4", "size=3b,colour=red"):
+        with pytest.raises(UserError, match="size is one of|only size= and chips="):
+            load(f"configs/oxe_3b.py:{arg}")
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    assert cli.main(["compile-check", f"--config={DIAL.format('3b', 'v5e-16')}", "--topology=v5e:4x4"]) == 2
+    assert "vla-jax[tpu]" in capsys.readouterr().err
+
+
+def test_refusals(libtpu, capsys):
+    spec = f"--config={DIAL.format('3b', 'v5e-16')}"
+    for argv, said in (
+        ([spec, "--topology=v5e:8x8"], "but there are 64 devices"),
+        ([spec, "--topology=v5e:3x5"], "Sides are multiples"),
+        ([spec, "--topology=v5x:3x5"], "chips: v5e"),
+        ([spec, "--topology=v5e:4x4", "--config.pack.rows=17"], "not divisible"),
+        ([spec, "--topology=v5e:4x4", "--config.tokens.text_model=/no/such.model"], "does not exist"),
+        ([spec], "--topology"),
+    ):
+        assert cli.main(["compile-check", *argv]) == 2
+        assert said in capsys.readouterr().err, argv
+
+
+HLO = """HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%cond (p: (s32[], bf16[8,4])) -> pred[] {
+  %limit = s32[] constant(6)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %two = s32[] constant(2)
+  %i.1 = s32[] get-tuple-element(%p), index=0
+  %next = s32[] add(%i.1, %two)
+  %w = bf16[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(step)/mlp/dot"}
+  %again = bf16[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %send = (bf16[2,4]{1,0}, bf16[2,4]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (s32[], bf16[8,4]) tuple(%next, %w)
+}
+
+ENTRY %main (x: bf16[8,4]) -> f32[4] {
+  %loop = (s32[], bf16[8,4]) while(%start), condition=%cond, body=%body
+  %g = f32[4]{0} all-reduce(%y), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum
+  %r = f32[2]{0} reduce-scatter(%y), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, to_apply=%sum
+  %s = f32[4]{0} all-reduce(%y), channel_id=5, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
+  ROOT %out = f32[4]{0} add(%g, %s)
+}
+"""
+
+
+def test_collectives_of_a_text_that_is_known():
+    found = {(c.kind, c.times, c.bytes, c.group, c.across) for c in collectives.read(HLO, 8, 2)}
+    assert (
+        found
+        == {
+            ("all-gather", 3, 8 * 4 * 2 * 3 / 4, 4, False),  # six by twos; both lines are one operation
+            ("collective-permute", 3, 2 * 4 * 2.0, 2, False),
+            ("all-reduce", 1, 2 * 16 * 1 / 2, 2, True),
+            ("reduce-scatter", 1, 8 * 3.0, 4, False),
+        }
+        and len(collectives.read(HLO, 8, 2)) == 5
+    )
+    assert collectives.read(HLO, 8, 2)[0].name == "jit(step)/mlp/dot" and collectives.read(HLO, 8, 2)[0].dtypes == ("bf16",)
+
+
+def test_bounds_and_prediction():
+    one = roofline.Step(model=4e15, hardware=5e15, devices=64, state_bytes=1e9, weight_bytes=6e9, passes=4, ici=2e10, dcn=1e8)
+    chip = hardware.TPUS["v5e"]
+    bounds = one.bounds(chip)
+    assert bounds["compute"] == pytest.approx(5e15 / 64 / 197e12) and bounds["ici"] == pytest.approx(2e10 / 100e9)
+    assert bounds["memory"] == pytest.approx((2e9 + 48e9) / 819e9) and bounds["dcn"] == pytest.approx(1e8 / 3.1e9)
+    least, said = one.seconds(chip)
+    assert least == bounds["compute"] and said == pytest.approx(bounds["compute"] / roofline.EFFICIENCY)
+
+
+def test_leaves_that_an_axis_does_not_divide(libtpu):
+    """The ViT's width at fsdp=256: named with its cost, and the mesh that avoids it."""
+    c = load(DIAL.format("3b", "v5e-256"), "mesh.data=1", "mesh.fsdp=256")
+    plan = compile_check.Plan.make(c, "v5e:16x16")
+    lost, better = compile_check.replicated(plan), compile_check.better_mesh(plan)
+    assert lost and all(x["axis"] == "fsdp" and 1152 in x["shape"] for x in lost)
+    state = compile_check.state_bytes(*plan.state())
+    assert sum(state.values()) / GIB == pytest.approx(4.75, abs=0.15)  # as measured with a stand-in before this was written
+    assert sum(x["bytes"] for x in lost) / GIB == pytest.approx(sum(state.values()) / GIB - 3 * 4 * 2.92e9 / 256 / GIB, rel=0.03)
+    assert better["fsdp"] == 128 and better["data"] == 2 or better["fsdp"] == 64
+    assert better["state_bytes"] < 0.7 * GIB

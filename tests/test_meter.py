@@ -1,0 +1,156 @@
+"""Where the time goes, over restarts, and what is written of it."""
+
+import json
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+from vla_jax import cli
+from vla_jax.data.mixture import BLOCK, Sampler
+from vla_jax.train import loop, meter, metrics
+from vla_jax.types import UserError
+
+
+def lines(workdir, key="train/loss"):
+    return [x for x in metrics.read(workdir) if key in x]
+
+
+def test_shares_add_up_and_waiting_counts_only_while_devices_idle(tmp_path):
+    m = meter.Meter(tmp_path)
+    with m.waiting("data"):
+        time.sleep(0.05)
+    with m.waiting("data", idle=lambda: False):
+        time.sleep(0.05)
+    with m.waiting("checkpoint"):
+        time.sleep(0.02)
+    m.steps = 2
+    got = m.window()
+    assert sum(got["time"].values()) == pytest.approx(1.0)
+    assert 0.05 <= got["time"]["data"] * got["seconds"] < 0.08 and got["time"]["checkpoint"] * got["seconds"] >= 0.02
+    assert got["step_s"] == pytest.approx(got["time"]["device"] * got["seconds"] / 2)
+    assert m.productive == pytest.approx(got["time"]["device"] * got["seconds"])
+    assert m.window()["time"]["data"] == 0.0
+
+
+def test_goodput_over_restarts(tmp_path):
+    """A run that began 100 s ago, of which 30 s are in its checkpoint: what was lost or away does not count."""
+    (tmp_path / metrics.FILE).write_text(json.dumps({"step": 0, "time": time.time() - 100}) + "\n")
+    m = meter.Meter(tmp_path, productive=30.0)
+    m.steps = 1
+    assert m.window()["goodput"] == pytest.approx(0.30, abs=0.01)
+
+
+def test_metrics_of_a_run_and_of_its_resumption(tiny, tmp_path):
+    """Everything a person steers by is there; what is counted over the whole run goes on after a restart."""
+    over = ("train.log_every=1", "train.eval_every=2", "train.eval_frames=2", "train.save_every=2", "train.steps=4")
+    c = tiny(*over)
+    loop.train(loop.prepare(c, tmp_path / "whole"), quiet=True)
+    from test_train import stop_after
+
+    run = loop.prepare(c, tmp_path / "halves")
+    stop_after(run, 3)  # step 3 is lost: the checkpoint is of step 2
+    loop.train(loop.prepare(c, tmp_path / "halves"), quiet=True)
+    whole, halves = lines(tmp_path / "whole"), lines(tmp_path / "halves")
+    assert [x["step"] for x in halves] == [1, 2, 3, 3, 4]
+    a, b = whole[-1], halves[-1]
+    for key in ("train/seen/samples", "train/seen/tokens", *(k for k in a if k.startswith("train/epochs/"))):
+        assert a[key] == b[key] > 0
+    sizes = [x["train/samples"] for x in whole]
+    assert a["train/seen/samples"] == sum(sizes)
+    want = {
+        "loss",
+        "grad_norm",
+        "lr",
+        "samples_per_s",
+        "tokens_per_s",
+        "step_s",
+        "model_tflops",
+        "goodput",
+        "memory/host_gib",
+        "skipped_steps",
+    }
+    want |= {f"norm/{what}/{group}" for what in ("grad", "update", "param") for group in ("vision", "language", "expert")}
+    want |= {f"time/{what}" for what in ("data", "device", "checkpoint", "eval", "compile")} | {"slots_used", "tokens", "samples"}
+    assert want <= {k.removeprefix("train/") for k in a}
+    names = ("tabletop_slider", "tabletop_arm", "tabletop_bimanual")
+    assert any(f"train/dataset/{n}/nll" in a and f"train/dataset/{n}/accuracy" in a for n in names)
+    evals = lines(tmp_path / "whole", "eval/tabletop_arm/nll")
+    assert [x["step"] for x in evals] == [2, 4]
+    assert all(
+        np.isfinite(x[f"eval/{n}/mae/{u}"]) and x[f"eval/{n}/baseline/{u}"] > 0 for x in evals for n, u in (("tabletop_arm", "rad"),)
+    )
+    assert 0 < b["train/goodput"] < a["train/goodput"] <= 1 or b["train/goodput"] < 1
+
+
+def test_epochs_by_a_plain_count():
+    sampler = Sampler.make(3, (10, 50, 7), (1.0, 2.0, 0.5))
+    for n in (0, 1, 100, BLOCK, BLOCK + 17, 3 * BLOCK + 5):
+        drawn = sampler.draw(np.arange(n))[0]
+        np.testing.assert_array_equal(sampler.counts(n), np.bincount(drawn, minlength=3))
+
+
+def test_mfu_where_the_peak_is_known(tiny, tmp_path, monkeypatch):
+    from vla_jax import hardware
+    from vla_jax.models import flops
+
+    run = loop.prepare(tiny(), tmp_path)
+    work = {"tokens": 100, "patches": 36, "pairs": 2000, "targets": 30}
+    assert "mfu" not in meter.utilisation(run.cfg, work, 0.1)
+    monkeypatch.setattr(hardware, "of_kind", lambda kind: hardware.Chip("x", ("x",), 1e12))
+    got = meter.utilisation(run.cfg, work, 0.1)
+    assert got["mfu"] == pytest.approx(flops.model(run.cfg, work) / 0.1 / 8 / 1e12) and got["model_tflops"] == pytest.approx(got["mfu"])
+
+
+def test_a_trace_of_the_steps_asked_for(tiny, tmp_path, monkeypatch):
+    calls = []
+    import jax
+
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: (calls.append("start"), start(*a, **k)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (calls.append("stop"), stop()))
+    loop.train(loop.prepare(tiny("train.steps=4"), tmp_path), quiet=True, profile=(2, 3))
+    assert calls == ["start", "stop"] and list((tmp_path / "profile").rglob("*.xplane.pb"))
+    for text in ("3:2", "x", "0:4", "4"):
+        assert cli.main(["train", "--config=configs/demo.py", f"--workdir={tmp_path}", f"--profile={text}"]) == 2
+
+
+def test_wandb_when_asked_for(tiny, tmp_path, monkeypatch):
+    """One run of theirs for one of ours, over restarts; a stand-in takes what they would get."""
+    seen = []
+
+    class Theirs:
+        def log(self, values, step):
+            seen.append((step, values))
+
+        def finish(self, exit_code):
+            seen.append(("finish", exit_code))
+
+    made = []
+    fake = types.SimpleNamespace(
+        init=lambda **settings: (made.append(settings), Theirs())[1], util=types.SimpleNamespace(generate_id=lambda: f"id{len(made)}")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for steps in (2, 4):
+        loop.train(loop.prepare(tiny(f"train.steps={steps}", "train.log_every=2", "train.wandb=robots"), tmp_path / "w"), quiet=True)
+    assert [m["id"] for m in made] == ["id0", "id0"] and made[0]["project"] == "robots" and made[1]["resume"] == "allow"
+    assert made[0]["config"]["model"]["preset"] == "tiny"
+    assert [s for s, v in seen if s != "finish" and "train/loss" in v] == [2, 4] and seen[-1] == ("finish", 0)
+    assert all(isinstance(x, (int, float)) for s, v in seen if s != "finish" for x in v.values())
+
+
+def test_wandb_that_is_not_installed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        loop.train(loop.prepare(tiny("train.steps=1", "train.wandb=robots"), tmp_path), quiet=True)
+
+
+def test_the_runs_page(tiny, tmp_path, capsys):
+    loop.train(loop.prepare(tiny("train.steps=2", "train.log_every=1"), tmp_path / "a"), quiet=True)
+    assert cli.main(["runs", str(tmp_path / "a"), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" in page and "tabletop_arm" in page
+    assert cli.main(["runs", str(tmp_path / "gone"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "gone" in capsys.readouterr().err

@@ -1,0 +1,400 @@
+"""A run, compiled for TPUs that are not there: does it fit, what does it send, how long will it take (after MaxText's train_compile).
+
+Nothing is read but the config and the cards that it names: no data, no weights, no TPU. The compiler is the real one (package libtpu).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from vla_jax import hardware, sharding, tree
+from vla_jax.config import Config
+from vla_jax.data import mixture, sample
+from vla_jax.hardware import GIB, Chip
+from vla_jax.models import attention, flops, vla
+from vla_jax.models.presets import VLAConfig
+from vla_jax.sharding import RULES
+from vla_jax.tokens import files, text
+from vla_jax.train import collectives, optim, roofline, state, step
+from vla_jax.types import Batch, UserError
+
+_ACTION_TOKENS = 4  # of a chunk, for each dimension: what FAST needs for one second (docs/tokens.md)
+_PROMPT = 48  # tokens of a description and a task
+_FULL = 0.95  # of a packed row
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the cards of a mixture say of a batch: the largest chunk steps, action and state dims, how many datasets; token ids; and the
+    tokens of a sample, on average."""
+
+    chunk: int
+    action: int
+    state: int
+    datasets: int
+    vocab: int
+    sample_tokens: float
+    sample_images: float
+
+
+def shapes(config: Config, patches: int) -> Shapes:
+    """From config and cards alone. Raises: UserError for cards or text models that are not there."""
+    d, t, mix = config.data, config.tokens, mixture.load(config.data.mixture)
+    words, fitted = text.load(t.text_model).vocab_size, t.action_vocab
+    if t.action_path:
+        fitted = files.load(t.action_path).vocab_size
+    share = [w / sum(mix.weights) for w in mix.weights]
+    images = [len([v for v in d.views if v in card.views]) * d.history for card in mix.cards]
+    tokens = [n * patches + _PROMPT + _ACTION_TOKENS * len(card.action.dims) for n, card in zip(images, mix.cards)]
+    return Shapes(
+        chunk=max(sample.chunk_steps(card.control_hz, d.chunk_s, d.max_chunk) for card in mix.cards),
+        action=max(len(card.action.dims) for card in mix.cards),
+        state=max(len(card.state.dims) for card in mix.cards) * d.history,
+        datasets=len(mix.cards),
+        vocab=words + (0 if t.layout == "openpi" else fitted),
+        sample_tokens=sum(s * n for s, n in zip(share, tokens)),
+        sample_images=sum(s * n for s, n in zip(share, images)),
+    )
+
+
+def abstract_batch(config: Config, found: Shapes, mesh) -> Batch:
+    """A batch of the config as shapes, divided over the mesh."""
+    p, size, place = config.pack, config.data.image_size, sharding.batch_sharding(mesh)
+    b, g = p.rows, p.samples
+    row, robot = (b, p.length), (b, g, found.chunk, found.action)
+    ints = dict.fromkeys(("tokens", "segment", "position", "block", "target"), (row, jnp.int32))
+    ints |= {"dataset": ((b, g), jnp.int32), "chunk": ((b, g), jnp.int32), "images": ((b, p.images, size, size, 3), jnp.uint8)}
+    floats = {"loss_weight": (row, jnp.float32), "state": ((b, g, found.state), jnp.float32), "actions": (robot, jnp.float32)}
+    all_of = ints | floats | {"action_mask": (robot, jnp.bool_)}
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in all_of.items()})
+
+
+def shape_of(x, place=None) -> jax.ShapeDtypeStruct:
+    """Of an array or of its description; place: its sharding, if not its own."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or getattr(x, "sharding", None))
+
+
+def devices(topology: str, slices: int):
+    """The described TPUs. Raises: UserError where libtpu is not installed or knows no such topology."""
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            "compile-check compiles for TPUs with the package libtpu, which is not installed (0.6 GB; no TPU is needed): "
+            "pip install -c constraints.txt 'vla-jax[tpu]', and set JAX_PLATFORMS=cpu where there is no TPU."
+        ) from e
+    from jax.experimental import topologies
+
+    # ask no metadata server, leave other processes their TPUs, and complain of no host that is missing
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for key, value in (quiet | {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}).items():
+        os.environ.setdefault(key, value)
+    try:
+        more = {"num_slices": slices} if slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
+    except Exception as e:
+        raise UserError(
+            f"--topology {topology}: {' '.join(str(e).split())[:300]}. Sides are multiples of a host's 2x2, such as 4x4."
+        ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config on a topology, before it is compiled."""
+
+    config: Config
+    cfg: VLAConfig
+    chip: Chip
+    mesh: jax.sharding.Mesh
+    found: Shapes
+    slices: int
+
+    @classmethod
+    def make(cls, config: Config, topology: str, slices: int = 1, *, where: str = "config") -> Plan:
+        """Raises: UserError for whatever training would refuse of shapes and mesh."""
+        chip, _ = hardware.topology(topology)
+        sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+        mesh = sharding.make_mesh(*sizes, devices=devices(topology, slices), where=where)
+        sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
+        found = shapes(config, _patches(config))
+        cfg = state.model_config(config, vocab=found.vocab, state_dim=found.state)
+        with jax.set_mesh(mesh):
+            attention.check(cfg)
+        return cls(config, cfg, chip, mesh, found, slices)
+
+    def changed(self, config: Config) -> Plan:
+        """Another config on the same chips, divided as it says."""
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=list(self.mesh.devices.flat))
+        sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate)
+        cfg = state.model_config(config, vocab=self.found.vocab, state_dim=self.found.state)
+        return dataclasses.replace(self, config=config, cfg=cfg, mesh=mesh)
+
+    def state(self, mesh=None):
+        """(abstract TrainState, its shardings)."""
+        return state.shardings(self.cfg, optim.make(self.config.train), mesh or self.mesh, with_ema=self.config.train.ema > 0)
+
+    def step(self, cfg: VLAConfig | None = None):
+        tx, where = optim.make(self.config.train), self.state()[1]
+        return step.make_train_step(self.config, cfg or self.cfg, tx, self.mesh, where, datasets=self.found.datasets)
+
+
+def _patches(config: Config) -> int:
+    from vla_jax.models import presets
+
+    return presets.tokens_per_image(config.model.preset, config.data.image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """temp, host: bytes of a chip's buffers besides its state, and of what waits in the host's memory; text: the program; error: why
+    the compiler gave up, with the memory that it would have needed, if it says."""
+
+    temp: float
+    host: float
+    text: str
+    seconds: float
+    error: str = ""
+
+
+def compiled(plan: Plan) -> Compiled:
+    """Raises: what the compiler raises, except for lack of memory."""
+    before = time.perf_counter()
+    abstract, where = plan.state()
+    given = jax.tree.map(shape_of, abstract, where)
+    batch = abstract_batch(plan.config, plan.found, plan.mesh)
+    made = plan.step()  # before the mesh is set: nothing can be computed on devices that are not there
+    with jax.set_mesh(plan.mesh):
+        lowered = made.lower(given, batch)
+        try:
+            done = lowered.compile()
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            asked = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", str(e))
+            number, unit = (asked[1] or asked[3], asked[2] or asked[4]) if asked else ("nan", "G")
+            temp = float(number) * 1024 ** ("KMGT".index(unit) + 1)
+            return Compiled(temp, 0.0, "", time.perf_counter() - before, str(e).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2][:300])
+    m = done.memory_analysis()
+    temp = m.temp_size_in_bytes + max(m.output_size_in_bytes - m.alias_size_in_bytes, 0) + m.generated_code_size_in_bytes
+    host = m.host_temp_size_in_bytes + m.host_argument_size_in_bytes
+    total, error = temp + sum(state_bytes(abstract, where).values()), ""
+    if total > plan.chip.hbm_bytes:
+        error = f"state and buffers together are {total / GIB:.2f} GiB, and there are {plan.chip.hbm_bytes / GIB:.2f}"
+    return Compiled(float(temp), float(host), "" if error else done.as_text(), time.perf_counter() - before, error)
+
+
+def state_bytes(abstract, where) -> dict[str, float]:
+    """{parameters, optimizer, ema}: bytes on one chip."""
+    size = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    total = lambda a, w: float(sum(map(size, jax.tree.leaves(a), jax.tree.leaves(w))))
+    parts = {"parameters": "params", "optimizer": "opt_state", "ema": "ema"}
+    return {kind: total(getattr(abstract, field), getattr(where, field)) for kind, field in parts.items()}
+
+
+def replicated(plan: Plan) -> list[dict]:
+    """The leaves that a mesh axis of their rule does not divide, with what that costs on each chip (parameter, moments and EMA)."""
+    shapes = tree.flatten(jax.eval_shape(lambda: vla.init(plan.cfg, jax.random.key(0))))
+    copies = sum(state_bytes(*plan.state()).values()) / state_bytes(*plan.state())["parameters"]
+    table, sizes, out = dict(RULES.table), dict(plan.mesh.shape), []
+    for path, axes in tree.flatten(vla.logical_axes(plan.cfg)).items():
+        shape, spec = shapes[path].shape, RULES.spec(axes, shapes[path].shape, plan.mesh)
+        for axis, got in zip(axes, spec):
+            for over in table.get(axis, ()):
+                used = (got,) if isinstance(got, str) else got or ()
+                if sizes[over] > 1 and over not in used and not any(over in ((s,) if isinstance(s, str) else s or ()) for s in spec):
+                    whole = math.prod(shape) * 4 * copies
+                    divided = math.prod(sizes[a] for s in spec for a in ((s,) if isinstance(s, str) else s or ()))
+                    cost = whole / divided * (1 - 1 / sizes[over])
+                    out.append({"path": path, "shape": list(shape), "axis": over, "ways": sizes[over], "bytes": cost})
+    return sorted((x for x in out if x["bytes"] > 1 << 20), key=lambda x: -x["bytes"])
+
+
+def better_mesh(plan: Plan) -> dict | None:
+    """The division of the same chips into data and fsdp with the least state on each, where that is less than a tenth of what it is."""
+    sizes = dict(plan.mesh.shape)
+    now, n = sum(state_bytes(*plan.state()).values()), sizes["data"] * sizes["fsdp"]
+    best = None
+    for fsdp in (f for f in range(n, 0, -1) if n % f == 0 and (n // f) % plan.slices == 0):
+        mesh = AbstractMesh((n // fsdp, fsdp, sizes["tensor"]), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+        total = sum(state_bytes(*plan.state(mesh)).values())
+        if best is None or total < best["state_bytes"]:
+            best = {"data": n // fsdp, "fsdp": fsdp, "tensor": sizes["tensor"], "state_bytes": total}
+    return best if best and best["state_bytes"] < 0.9 * now else None
+
+
+def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
+    """Everything about a compiled plan, as JSON; roofline.table shows it."""
+    config, cfg, count = plan.config, plan.cfg, plan.mesh.size
+    abstract, places = plan.state()
+    batch = abstract_batch(config, plan.found, plan.mesh)
+    memory = state_bytes(abstract, places)
+    kept = sum(memory.values())
+    batch_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(batch))
+    memory |= {"state": kept, "batch": float(batch_bytes), "activations": done.temp, "host": done.host, "hbm": plan.chip.hbm_bytes}
+    memory["total"] = kept + batch_bytes + done.temp
+    fits = not done.error
+    pack = config.pack
+    slots = flops.slots(
+        cfg,
+        pack.rows,
+        length=pack.length,
+        images=pack.images,
+        targets=pack.targets if config.train.objective != "flow" else 0,
+        samples=pack.samples if config.train.objective != "tokens" else 0,
+        steps=plan.found.chunk,
+    )
+    model = flops.model(cfg, slots)
+    hard = flops.traced(plan.step(dataclasses.replace(cfg, attention="xla")), abstract, batch)
+    sent = collectives.read(done.text, count, plan.slices) if fits else []
+    by_kind = {
+        k: [sum(c.bytes * c.times for c in sent if c.kind == k and c.across == far) for far in (False, True)] for k in collectives.KINDS
+    }
+    by_kind = {k: v for k, v in by_kind.items() if sum(v)}
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    weights = parameters * jnp.dtype(cfg.dtype).itemsize / plan.mesh.shape["tensor"]
+    passes = config.train.accumulate * (3 if cfg.remat == "none" else 4)  # forward, again, backward, and the gradient
+    far = sum(v[1] for v in by_kind.values())
+    one = roofline.Step(model, hard, count, kept, weights, passes, sum(v[0] for v in by_kind.values()), far)
+    bound, seconds = one.seconds(plan.chip)
+    per_row = min(pack.samples, pack.images / max(plan.found.sample_images, 1e-9), _FULL * pack.length / plan.found.sample_tokens)
+    samples = pack.rows * max(per_row, 1.0) / seconds
+    hours = config.train.steps * seconds / 3600
+    return {
+        "config": where,
+        "chip": plan.chip.name,
+        "chips": count // plan.chip.cores,
+        "devices": count,
+        "slices": plan.slices,
+        "mesh": dict(plan.mesh.shape),
+        "preset": config.model.preset,
+        "parameters": parameters,
+        "remat": cfg.remat,
+        "optimizer": config.train.optimizer,
+        "rows": pack.rows,
+        "length": pack.length,
+        "images": pack.images,
+        "parts": config.train.accumulate,
+        "fits": fits,
+        "why": done.error,
+        "memory": memory,
+        "replicated": replicated(plan),
+        "better_mesh": better_mesh(plan),
+        "flops": {"model": model, "hardware": hard},
+        "collectives": by_kind,
+        "bounds": one.bounds(plan.chip),
+        "roofline_s": bound,
+        "step_s": seconds,
+        "mfu": model / count / seconds / plan.chip.peak,
+        "hfu": hard / count / seconds / plan.chip.peak,
+        "samples_per_s": samples,
+        "sample_tokens": plan.found.sample_tokens,
+        "tokens_per_s": samples * plan.found.sample_tokens,
+        "steps": config.train.steps,
+        "days": hours / 24,
+        "chip_hours": hours * count / plan.chip.cores,
+        "compile_s": done.seconds,
+    }
+
+
+def largest_rows(plan: Plan, done: Compiled, say: Callable[[str], None]) -> int:
+    """The most rows that fit, all else as it is: what fits and what does not are brought together by compiling between them, first where
+    memory, taken as a straight line through what is known, says."""
+    unit = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * plan.config.train.accumulate
+    units = plan.config.pack.rows // unit
+    room = plan.chip.hbm_bytes - sum(state_bytes(*plan.state()).values())
+    known = {units: done}
+    fits = lambda n: not known[n].error
+
+    while True:
+        good, bad = max(n for n in known if fits(n)), min((n for n in known if not fits(n)), default=0)
+        if bad == good + 1:
+            return good * unit
+        # twice as many until some do not fit; then between the two, where memory, taken as a straight line from the last
+        # that fit, says: at most a quarter of the way from either end, since the compiler trades time for memory as it runs short
+        n = 2 * good
+        if bad:
+            below = max((n for n in known if n < good), default=0)
+            slope = (known[good].temp - known[below].temp) / (good - below) if below else known[good].temp / good
+            n = good + int((room - known[good].temp) / max(slope, 1))
+            edge = (bad - good) // 4
+            n = min(max(n, good + max(edge, 1)), bad - max(edge, 1))
+        known[n] = compiled(plan.changed(_with(plan.config, pack={"rows": n * unit})))
+        say(f"{n * unit} rows: {_told(plan, known[n])}")
+
+
+def _told(plan: Plan, done: Compiled) -> str:
+    """For the progress line."""
+    total = (done.temp + sum(state_bytes(*plan.state()).values())) / GIB
+    return f"{'does not fit' if done.error else 'fits'}, {total:.2f} of {plan.chip.hbm_bytes / GIB:.2f} GiB ({done.seconds:.0f} s)"
+
+
+def _with(config: Config, **groups: dict) -> Config:
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()})
+
+
+def remedies(plan: Plan, say: Callable[[str], None], *, most: int = 3) -> list[dict]:
+    """Changes with which the run fits, each compiled, the fastest a sample first: {change, report}."""
+    found: list[dict] = []
+    for change in _changes(plan):
+        if len(found) == most:
+            break
+        label = " ".join(f"--config.{group}.{key}={value}" for group, values in change.items() for key, value in values.items())
+        try:
+            other = plan.changed(_with(plan.config, **change))
+        except UserError:
+            continue
+        done = compiled(other)
+        say(f"{label}: {_told(other, done)}")
+        if not done.error:
+            found.append({"change": label, "report": report(other, done)})
+    return sorted(found, key=lambda x: -x["report"]["samples_per_s"])
+
+
+def _changes(plan: Plan) -> Iterator[dict]:
+    """Those that change least first: how it is computed, then the optimizer's precision, then the batch."""
+    config, policies = plan.config, ("none", "dots", "attention", "full", "offload")
+    stronger = policies[policies.index(config.model.remat) + 1 :]
+    if (better := better_mesh(plan)) is not None:
+        yield {"mesh": {axis: better[axis] for axis in sharding.AXES}}
+    yield from ({"model": {"remat": name}} for name in stronger if name != "offload")
+    parts = [config.train.accumulate * 2**i for i in range(1, 5)]
+    yield from ({"train": {"accumulate": n}} for n in parts)
+    strong = "full" if "full" in stronger else config.model.remat
+    if strong != config.model.remat:
+        yield from ({"model": {"remat": strong}, "train": {"accumulate": n}} for n in parts)
+    if config.train.moment_dtype == "float32":
+        yield {"train": {"moment_dtype": "bfloat16"}}
+        yield {"model": {"remat": strong}, "train": {"moment_dtype": "bfloat16", "accumulate": parts[-1]}}
+    unit = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * config.train.accumulate
+    yield from ({"model": {"remat": strong}, "pack": {"rows": n * unit}} for n in (4, 2, 1) if n * unit < config.pack.rows)
+    if config.train.optimizer != "adafactor":
+        change = {"optimizer": "adafactor", "moment_dtype": "bfloat16"}
+        yield {"model": {"remat": strong}, "train": change, "pack": {"rows": unit}}
+
+
+def run(config: Config, topology: str, *, slices: int = 1, where: str = "config", quick: bool = False, say=None) -> dict:
+    """The report of a config on a topology, with the largest batch (unless quick), or with remedies where it does not fit.
+
+    Raises: UserError.
+    """
+    say = say or (lambda line: print(f"compile-check: {line}", file=sys.stderr, flush=True))
+    plan = Plan.make(config, topology, slices, where=where)
+    say(f"compiling for {plan.mesh.size} chips of {topology}{f' in {slices} slices' if slices > 1 else ''}")
+    done = compiled(plan)
+    say(_told(plan, done))
+    made = report(plan, done, where=where)
+    if done.error:
+        made["remedies"] = remedies(plan, say)
+    elif not quick:
+        made["largest_rows"] = largest_rows(plan, done, say)
+    return made
