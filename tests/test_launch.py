@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -160,17 +161,56 @@ def test_xpk_leaves_the_line_to_the_pods_shell(stub):
     stub("xpk", 'printf "%s\\n" "$@"')
     names = dict.fromkeys(["CLUSTER", "PROJECT", "ZONE", "IMAGE"], "x")
     out = call(stub, str(LAUNCH / "xpk.sh"), "--spot", **names).stdout.splitlines()
-    assert f"--command={LINE}" in out and "CONFIG=c d.py" in out and out[-1] == "--spot"
+    assert f"--command=. launch/xla_flags.sh && {LINE}" in out and "CONFIG=c d.py" in out and out[-1] == "--spot"
 
 
 def test_tpu_vm_runs_the_line_on_the_workers(stub, tmp_path):
     # The stand-in for gcloud runs the remote command here, as one worker would.
     (tmp_path / "vla_jax").mkdir()
+    (tmp_path / "vla_jax" / "launch").symlink_to(LAUNCH)
     stub("gcloud", f'cd {tmp_path}; for last; do :; done; exec bash -c "${{last#--command=}}"')
     stub("vla-jax", 'echo "$VLA_COORDINATOR: $*"')
     done = call(stub, str(LAUNCH / "tpu_vm.sh"), "run", PROJECT="p", ZONE="z", NAME="n")
     assert done.stdout == "auto: train --config=c d.py --workdir=/w\n", done
     assert (tmp_path / "vla_jax" / "run.pid").read_text().strip().isdigit()
+
+
+def flags(stub, **env: str) -> dict[str, str]:
+    command = '. launch/xla_flags.sh; echo "$LIBTPU_INIT_ARGS"; echo "$XLA_FLAGS"'
+    done = subprocess.run(
+        ["bash", "-c", command], env=stub.env | {"XLA_FLAGS": ""} | env, text=True, capture_output=True, cwd=ROOT, check=True
+    )
+    return dict(zip(("tpu", "gpu"), done.stdout.split("\n")))
+
+
+def test_flags_leave_the_last_word_to_the_user(stub):
+    mine = flags(stub, LIBTPU_INIT_ARGS="--mine=1", XLA_FLAGS="--also=2")
+    assert mine["tpu"].startswith("--xla_tpu_enable_async") and mine["tpu"].endswith(" --mine=1") and mine["gpu"] == "--also=2"
+    stub("nvidia-smi", "true")
+    assert flags(stub, XLA_FLAGS="--also=2")["gpu"] == "--xla_gpu_enable_latency_hiding_scheduler=true --also=2"
+    assert flags(stub, VLA_NO_XLA_FLAGS="1", LIBTPU_INIT_ARGS="--mine=1") == {"tpu": "--mine=1", "gpu": ""}
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_knows_the_flags(stub):
+    """And refuses those that it does not know: a compile in a process of its own, since flags are read once."""
+    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+    program = """
+from vla_jax.train.compile_check import devices
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+mesh = Mesh(np.array(devices("v5e:2x2", 1)), ("fsdp",))
+x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+jax.jit(lambda x: x @ x).lower(x).compile()
+print("compiled")
+"""
+    env = stub.env | {"JAX_PLATFORMS": "cpu"}
+    run = lambda **more: subprocess.run(
+        [sys.executable, "-c", program], env=env | more, text=True, capture_output=True, timeout=200, cwd=ROOT
+    )
+    assert "compiled" in run(LIBTPU_INIT_ARGS=flags(stub)["tpu"]).stdout
+    refused = run(LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=true")
+    assert "compiled" not in refused.stdout and "xla_tpu_no_such_flag" in refused.stderr
 
 
 # A Python for launch/setup.sh: it makes a .venv whose python notes each call of pip install.
