@@ -6,10 +6,10 @@ follow from these two, each with its derivation below. What it costs: vla-jax co
 
 from vla_jax.config import default
 
-# Rows a device that fit with a margin, as `vla-jax compile-check` finds them (docs/scaling.md): activations grow with them, and what each step
-# pays once (gathered weights, optimizer) is shared by them. (h200: measured on one; there no compiler is asked beforehand.)
+# Rows a device: enough that a step computes for longer than it sends, and few enough that all products fit in memory and need not be made
+# again (`vla-jax compile-check`, docs/scaling.md). h200: one was measured at 3B, with remat=full; there no compiler is asked beforehand.
 ROWS = {
-    "v5e": {"300m": 16, "1b": 8, "3b": 4},
+    "v5e": {"300m": 12, "1b": 8, "3b": 3},
     "v6e": {"300m": 32, "1b": 16, "3b": 8},
     "v5p": {"300m": 64, "1b": 32, "3b": 16},
     "tpu7x": {"300m": 64, "1b": 32, "3b": 16},

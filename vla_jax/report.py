@@ -132,3 +132,45 @@ def tokens_picture(rows: list[dict], out: Path) -> Path:
 def _kind(row: dict) -> str:
     """`fast x10` of `fast 1024 x10`."""
     return " ".join(part for part in row["tokenizer"].split() if not part.isdigit() and part != "*")
+
+
+def scaling_picture(reports: list[dict], out: Path) -> Path:
+    """Of reports of compile-check: a chip's samples a second, its memory and what it receives, against the number of chips. Runs of one
+    model on one kind of chip are joined. Raises: UserError when none fits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fit = [r for r in reports if r["fits"]]
+    if not fit:
+        raise UserError("none of the reports fits its chips: there is nothing to draw")
+    series: dict[str, dict[int, dict]] = {}
+    for r in fit:  # of several reports of the same run the last counts
+        series.setdefault(f"{r['preset']} on {r['chip']}", {})[r["chips"]] = r
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.3), layout="constrained")
+    gib = 1 << 30
+    for i, (name, by) in enumerate(sorted(series.items())):
+        chips = sorted(by)
+        line = lambda axis, values, style="o-", label=name, i=i, chips=chips: axis.plot(chips, values, style, color=f"C{i}", label=label)
+        line(axes[0], [by[n]["samples_per_s"] / n for n in chips])
+        line(axes[1], [by[n]["memory"]["total"] / by[n]["memory"]["hbm"] for n in chips])
+        line(axes[1], [by[n]["memory"]["state"] / by[n]["memory"]["hbm"] for n in chips], "s:", None)
+        per_chip = [by[n]["devices"] / n for n in chips]
+        near, far = ([sum(two[w] for two in by[n]["collectives"].values()) * k / gib for n, k in zip(chips, per_chip)] for w in (0, 1))
+        line(axes[2], near)
+        if any(far):
+            line(axes[2], far, "^--", f"{name}: from other slices")
+    axes[0].set(title="predicted rate, rows a chip as they are", ylabel="samples/s a chip", ylim=(0, None))
+    axes[1].set(title="memory (dotted: parameters and optimizer)", ylabel="share of HBM", ylim=(0, 1.02))
+    axes[2].set(title="received by a chip in a step", ylabel="GiB", ylim=(0, None))
+    every = sorted({r["chips"] for r in fit})
+    for axis in axes:
+        axis.set(xlabel="chips", xscale="log", xticks=every, xticklabels=[f"{n:,}" for n in every])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    plt.close(figure)
+    return out

@@ -40,6 +40,7 @@ def add(commands) -> None:
     p.add_argument("--slices", type=positive, default=1, help="of that topology each, joined by the data centre's network (default: 1)")
     p.add_argument("--quick", action="store_true", help="do not look for the largest batch")
     p.add_argument("--out", default="", metavar="FILE", help="append the report as a JSON line here")
+    p.add_argument("--plot", default="", metavar="FILE", help="draw all reports of --out: rate, memory and traffic against chips")
     command(commands, "config", _config, "print the resolved config and where each value comes from", takes_config=True)
     p = command(commands, "demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
     p.add_argument("--workdir", default="runs/demo", type=folder, metavar="DIR")
@@ -141,11 +142,19 @@ def _compile_check(args) -> int:
     from vla_jax.bench.run import stamp
     from vla_jax.train import compile_check, roofline
 
+    if args.plot:
+        from vla_jax import report
+
+        if not args.out:
+            raise UserError("--plot draws what --out has gathered: give --out FILE, too")
+        report.check_picture(args.plot)
     made = compile_check.run(args.config, args.topology, slices=args.slices, where=args.config_spec, quick=args.quick)
     print(roofline.table(made))
     if args.out:
         with open(args.out, "a") as f:
             f.write(json.dumps({"topology": args.topology, **made, **stamp()}) + "\n")
+    if args.plot:
+        report.scaling_picture([json.loads(line) for line in Path(args.out).read_text().splitlines()], Path(args.plot))
     if not made["fits"]:
         raise UserError(roofline.advice(made))
     return 0

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.decoder import Attention, Mlp
-from vla_jax.models.layers import RMSNorm, fan_in, layer_input, stack, weight
+from vla_jax.models.layers import RMSNorm, fan_in, layer_input, stack, used, weight
 from vla_jax.models.presets import VLAConfig
 
 _PERIODS = 4e-3, 4.0  # shortest and longest of the time embedding
@@ -30,7 +30,7 @@ class _Linear(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", weight(self.init, *self.axes), (x.shape[-1], self.features))
         bias = self.param("bias", weight(nn.initializers.zeros, self.axes[1]), (self.features,))
-        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+        return x @ used(kernel, x, *self.axes) + bias.astype(x.dtype)
 
 
 class _Norm(nn.Module):

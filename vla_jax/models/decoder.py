@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.attention import attention
-from vla_jax.models.layers import Einsum, RMSNorm, fan_in, kept, layer_input, rope, stack, weight
+from vla_jax.models.layers import Einsum, RMSNorm, fan_in, kept, layer_input, rope, stack, used, weight
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import constrain
 
@@ -43,8 +43,8 @@ class Mlp(nn.Module):
         gating = self.param("gating_einsum", weight(fan_in(1, 2), None, "embed", "mlp"), (2, c.width, c.mlp))
         linear = self.param("linear", weight(fan_in(0, 1), "mlp", "embed"), (c.mlp, c.width))
         rows = x.reshape(-1, c.width)  # plain matrix products: on CPU three times faster forward and backward
-        gate, up = (rows @ w.astype(x.dtype) for w in gating)
-        return ((jax.nn.gelu(gate, approximate=True) * up) @ linear.astype(x.dtype)).reshape(x.shape)
+        gate, up = (rows @ w for w in used(gating, x, None, "embed", "mlp"))
+        return ((jax.nn.gelu(gate, approximate=True) * up) @ used(linear, x, "mlp", "embed")).reshape(x.shape)
 
 
 class _Block(nn.Module):

@@ -17,6 +17,12 @@ def weight(init, *axes):
     return nn.with_logical_partitioning(init, axes)
 
 
+def used(w, x, *axes):
+    """A weight as a product with x takes it: in x's dtype, so that this is what is gathered. Its gradient lies as the weight does, which
+    the compiler hears here and nowhere else: so it sums and divides it in one go, layer by layer."""
+    return constrain(w.astype(x.dtype), axes)
+
+
 def fan_in(in_axis=-2, out_axis=-1, gain: float = 1.0):
     """Variance gain / fan-in."""
     return nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis)
@@ -102,7 +108,7 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, equation: str, x):
         w = self.param("w", weight(self.init, *self.axes), self.shape)
-        return jnp.einsum(equation, x, w.astype(x.dtype))
+        return jnp.einsum(equation, x, used(w, x, *self.axes))
 
 
 def rope(x, position):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.attention import attention
-from vla_jax.models.layers import LayerNorm, fan_in, kept, layer_input, stack, weight
+from vla_jax.models.layers import LayerNorm, fan_in, kept, layer_input, stack, used, weight
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import constrain
 
@@ -25,7 +25,7 @@ class _Dense(nn.Module):
         in_axis, out_axis = tuple(range(len(inputs))), tuple(range(len(inputs), len(inputs) + len(self.features)))
         kernel = self.param("kernel", weight(fan_in(in_axis, out_axis), *self.axes), (*inputs, *self.features))
         bias = self.param("bias", weight(nn.initializers.zeros, *self.axes[self.contract :]), self.features)
-        return jnp.tensordot(x, kernel.astype(x.dtype), self.contract) + bias.astype(x.dtype)
+        return jnp.tensordot(x, used(kernel, x, *self.axes), self.contract) + bias.astype(x.dtype)
 
 
 class _Attention(nn.Module):
@@ -83,7 +83,7 @@ class _Patches(nn.Module):
         kernel = self.param("kernel", weight(fan_in((0, 1, 2), 3, 9.0), None, None, None, "embed"), (p, p, 3, v.width))
         bias = self.param("bias", weight(nn.initializers.zeros, "embed"), (v.width,))
         x = x.reshape(len(x), side, p, side, p, 3).swapaxes(2, 3).reshape(len(x), side * side, p * p * 3)
-        return x @ kernel.reshape(-1, v.width).astype(x.dtype) + bias.astype(x.dtype)
+        return x @ used(kernel, x, None, None, None, "embed").reshape(-1, v.width) + bias.astype(x.dtype)
 
 
 def _sincos(key, shape, dtype=jnp.float32):

@@ -35,7 +35,7 @@ def read(text: str, devices: int, slices: int = 1) -> list[Collective]:
     """The collectives in a compiled program's text (jax.stages.Compiled.as_text), of so many devices, those of a slice in a row.
 
     A collective that the compiler has split into steps beside other work (asynchronous fusions) stands there several times under one
-    channel, and counts once. A reduce-scatter that is computed as an all-reduce of which each device keeps its part counts as what it is.
+    channel, and counts once.
     """
     bodies, entry = _computations(text)
     times = _multiplicity(bodies, entry)
