@@ -2,12 +2,12 @@
 # The same as jobset.yaml through xpk, for clusters that xpk made (`pip install xpk`; image from launch/Dockerfile).
 #
 #   CLUSTER=... PROJECT=... ZONE=... IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/vla-jax:TAG \
-#       CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=gs://bucket/runs/a launch/xpk.sh [more options of xpk workload create]
+#       CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=/mnt/bucket/runs/a launch/xpk.sh [more options of xpk workload create]
 #
 # When one host is lost, jax aborts the processes on the others, which xpk takes for a failure of the user's code:
 # hence --restart-on-user-code-failure. It also restarts after exit code 2; jobset.yaml does not.
 set -eu
-: "${CLUSTER:?}" "${PROJECT:?}" "${ZONE:?}" "${IMAGE:?}" "${CONFIG:?configs/NAME.py}" "${WORKDIR:?gs://bucket/path}"
+: "${CLUSTER:?}" "${PROJECT:?}" "${ZONE:?}" "${IMAGE:?}" "${CONFIG:?configs/NAME.py}" "${WORKDIR:?a folder on storage that all reach}"
 
 # The quotes keep $CONFIG for the pod's shell, which has it from --env.
 # shellcheck disable=SC2016

@@ -35,7 +35,7 @@ def test_bench_step_gives_one_json_line(capsys, tabletop, tmp_path):
 
 MADE_UP = ["--config=configs/oxe_3b.py:size=3b,chips=h200-1"] + [
     f"--config.{x}"
-    for x in ("model.preset=tiny", "model.vocab=1024", "data.image_size=64", "pack.rows=8", "model.dtype=float32", "mesh.data=8")
+    for x in ("model.preset=tiny", "model.vocab=1024", "data.image_size=64", "pack.rows=16", "model.dtype=float32", "mesh.data=8")
 ]
 
 
@@ -57,14 +57,19 @@ def test_bench_step_on_made_up_samples(capsys):
     assert (first["beside"], padded["beside"], full["beside"], remat["remat"]) == ("", "padded", "full_loss", "none")
     assert set(first["parts_ms"]) == {"vision", "decoder", "loss", "optimizer", "rest"}
     assert full["targets"] == full["rows"][1] > first["targets"] and padded["images"] == 3
-    # 8 rows of 3 * 16 + 250 slots hold as many samples of 1, 2, 3 cameras and 120 tokens as fit; a padded row holds one
-    assert padded["samples_per_s"] * padded["step_ms"] / 1e3 == pytest.approx(8, rel=0.02)
-    assert first["samples_per_s"] * first["step_ms"] / 1e3 > 8 * 1.5
+    # 8 rows of twice 3 * 16 + 250 slots hold as many samples of 1, 2, 3 cameras and 120 tokens as fit; a padded row holds one
+    assert padded["samples_per_s"] * padded["step_ms"] / 1e3 == pytest.approx(16, rel=0.02)
+    assert first["samples_per_s"] * first["step_ms"] / 1e3 > 16 * 1.5 and first["rows"] == [8, 596]
+    assert padded["slots_used"] == pytest.approx((2 * 16 + 120) / 298, abs=0.02)  # two cameras on average: black ones are not real
+    ratio = first["samples_per_s"] / padded["samples_per_s"]
+    assert padded["samples_per_s_to_first"] == pytest.approx(1 / ratio, rel=0.02)
     assert remat["tflops"]["programmed"] / remat["tflops"]["real"] < first["tflops"]["programmed"] / first["tflops"]["real"]
     for argv, said in (
         (["--batch=half"], "there are: full, padded, packed"),
         (["--batch=full", "--beside=model.colour=red"], "--beside"),
         (["--batch=full", "--peer=/no/such.py"], "no such file"),
+        (["--batch=full", "--beside=train.insulate=maybe"], "of type bool"),
+        (["--batch=full", "--beside=pack.length=512"], "--beside"),
     ):
         assert cli.main(["bench", "step", "--repeats=1", *MADE_UP, *argv]) == 2
         assert said in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 
 from vla_jax import cli, config, hardware
@@ -23,12 +24,22 @@ def libtpu():
     return pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """The compiler at its quickest: a third of the time, and up to a fifth less memory than it says at its best (docs/log.md)."""
+    jax.config.update("jax_optimization_level", "O0")
+    yield
+    jax.config.update("jax_optimization_level", "UNKNOWN")
+
+
 def small(chips, *more):
     return load(DIAL.format("300m", chips), *SMALL, *more)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chips, topology", [("v5e-4", "v5e:2x2"), ("v5p-4", "v5p:2x2x1"), ("v6e-4", "v6e:2x2")])
+@pytest.mark.parametrize(
+    "chips, topology", [("v5e-4", "v5e:2x2"), ("v5p-4", "v5p:2x2x1"), ("v6e-4", "v6e:2x2"), ("tpu7x-2", "tpu7x:2x1x1")]
+)
 def test_a_small_run(libtpu, chips, topology):
     """Everything that the report promises, and the numbers that can be had another way."""
     c = small(chips, "pack.rows=8")
@@ -80,6 +91,19 @@ def test_what_does_not_fit_says_what_would(libtpu, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_offloaded_inputs_wait_on_the_host(libtpu):
+    """The layers' inputs, bfloat16, for every layer of encoder and decoder: on the host instead of on the chip."""
+    by = {}
+    for remat in ("full", "offload"):
+        plan = compile_check.Plan.make(small("v5e-4", "pack.rows=8", "model.preset=100m", f"model.remat={remat}"), "v5e:2x2")
+        by[remat] = compile_check.compiled(plan)
+    rows, cfg = 2, plan.cfg
+    inputs = 2 * rows * (512 * 640 * 12 + 3 * cfg.tokens_per_image * 384 * 12)
+    assert by["full"].host == 0 and by["offload"].host == pytest.approx(inputs, rel=0.1)
+    assert by["offload"].temp < by["full"].temp
+
+
+@pytest.mark.slow
 def test_the_largest_batch_is_the_largest(libtpu):
     c = small("v5e-4", "pack.rows=4", "model.preset=100m", "model.remat=none", "model.vocab=65536", "pack.length=1024")
     said = []
@@ -95,7 +119,7 @@ def test_the_largest_batch_is_the_largest(libtpu):
 def test_the_dial_fits_where_it_says(libtpu, size, chips, topology):
     """As written, on the smallest topologies it is meant for: larger ones leave more room on each chip."""
     r = compile_check.run(load(DIAL.format(size, chips)), topology, quick=True, say=lambda line: None)
-    assert r["fits"] and r["memory"]["total"] < r["memory"]["hbm"] and r["mfu"] > 0.4 and not r["replicated"]
+    assert r["fits"] and r["memory"]["total"] < 0.8 * r["memory"]["hbm"] and r["mfu"] > 0.4 and not r["replicated"]
 
 
 @pytest.mark.parametrize("size", ["300m", "1b", "3b"])
@@ -117,8 +141,8 @@ def test_the_dial_scales_as_derived():
     a, b = load(DIAL.format("3b", "v5e-64")), load(DIAL.format("3b", "v5e-256"))
     assert b.pack.rows == 4 * a.pack.rows and b.train.lr == pytest.approx(2 * a.train.lr)
     assert a.train.steps == pytest.approx(4 * b.train.steps, rel=0.01)
-    for arg in ("size=7t", "chips=v5e", "chips=v9-4", "size=3b,colour=red"):
-        with pytest.raises(UserError, match="size is one of|only size= and chips="):
+    for arg in ("size=7t", "chips=v5e", "chips=v9-4", "size=3b,colour=red", "3b", "size=3b,size=1b", "chips=v5e-300", "chips=h200-12"):
+        with pytest.raises(UserError, match="size is one of|write size=|several slices"):
             load(f"configs/oxe_3b.py:{arg}")
 
 
@@ -142,6 +166,27 @@ def test_refusals(libtpu, capsys):
         assert said in capsys.readouterr().err, argv
 
 
+def test_a_report_without_a_compiler(libtpu):
+    """7x has two devices a chip; and what is derived from memory, traffic and time."""
+    plan = compile_check.Plan.make(small("tpu7x-4", "pack.rows=8"), "tpu7x:2x2x1")
+    r = compile_check.report(plan, compile_check.Compiled(float(GIB), 0.0, HLO, 1.0))
+    assert (r["devices"], r["chips"]) == (8, 4) and r["better_mesh"] is None
+    m = r["memory"]
+    assert m["total"] == m["parameters"] + m["optimizer"] + m["batch"] + GIB and m["batch"] > 8 / 8 * 3 * 64 * 64 * 3
+    assert r["chip_hours"] == pytest.approx(r["steps"] * r["step_s"] / 3600 * 4)
+    assert r["tokens_per_s"] == pytest.approx(r["samples_per_s"] * r["sample_tokens"])
+    assert r["mfu"] == pytest.approx(r["flops"]["model"] / 8 / r["step_s"] / (2307e12 / 2))
+    assert 1 <= r["samples_per_s"] * r["step_s"] / 8 <= 4
+    nothing = r | {"fits": False, "why": "too large"}
+    assert "take more chips" in roofline.advice(nothing)
+    assert "alone take" in roofline.advice(nothing | {"memory": m | {"state": m["hbm"]}})
+
+
+def test_more_cameras_than_a_row_has_images_are_refused(libtpu):
+    with pytest.raises(UserError, match="has 6 images but pack.images is 3"):
+        compile_check.Plan.make(small("v5e-4", "pack.rows=8", "data.history=2"), "v5e:2x2")
+
+
 HLO = """HloModule jit_step
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -152,6 +197,11 @@ HLO = """HloModule jit_step
   %limit = s32[] constant(6)
   %i = s32[] get-tuple-element(%p), index=0
   ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %whole = f32[8]{0} all-reduce(%p), channel_id=9, replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %part = f32[2]{0} dynamic-slice(%whole, %mine)
 }
 
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
@@ -169,24 +219,24 @@ ENTRY %main (x: bf16[8,4]) -> f32[4] {
   %g = f32[4]{0} all-reduce(%y), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum
   %r = f32[2]{0} reduce-scatter(%y), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, to_apply=%sum
   %s = f32[4]{0} all-reduce(%y), channel_id=5, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
+  %fused = f32[2]{0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %out = f32[4]{0} add(%g, %s)
 }
 """
 
 
 def test_collectives_of_a_text_that_is_known():
-    found = {(c.kind, c.times, c.bytes, c.group, c.across) for c in collectives.read(HLO, 8, 2)}
-    assert (
-        found
-        == {
-            ("all-gather", 3, 8 * 4 * 2 * 3 / 4, 4, False),  # six by twos; both lines are one operation
-            ("collective-permute", 3, 2 * 4 * 2.0, 2, False),
-            ("all-reduce", 1, 2 * 16 * 1 / 2, 2, True),
-            ("reduce-scatter", 1, 8 * 3.0, 4, False),
-        }
-        and len(collectives.read(HLO, 8, 2)) == 5
-    )
-    assert collectives.read(HLO, 8, 2)[0].name == "jit(step)/mlp/dot" and collectives.read(HLO, 8, 2)[0].dtypes == ("bf16",)
+    found = collectives.read(HLO, 8, 2)
+    assert sorted((c.kind, c.times, c.bytes, c.group, c.across) for c in found) == [
+        ("all-gather", 3, 8 * 4 * 2 * 3 / 4, 4, False),  # six by twos; both lines are one operation
+        ("all-reduce", 1, 2 * 16 * 1 / 2, 2, True),
+        ("all-reduce", 1, 2 * 16 * 1 / 2, 2, True),
+        ("collective-permute", 3, 2 * 4 * 2.0, 2, False),
+        ("reduce-scatter", 1, 8 * 3.0, 4, False),
+        ("reduce-scatter", 1, 8 * 3.0, 4, False),  # as a fusion: 32 bytes, of which three quarters come from others
+    ]
+    (gather,) = [c for c in found if c.kind == "all-gather"]
+    assert gather.name == "jit(step)/mlp/dot" and gather.dtypes == ("bf16",)
 
 
 def test_bounds_and_prediction():

@@ -1,5 +1,7 @@
 """FLOPs by formula, by trace, and against the published count of openpi's step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,13 @@ def test_work_of_a_batch_by_a_plain_loop(tiny, tmp_path):
     assert got == want
 
 
+def test_work_of_a_pod_does_not_overflow():
+    rows = jax.ShapeDtypeStruct((4096, 1024), jnp.int32)
+    batch = compile_check.Batch(images=None, tokens=rows, segment=rows, position=None, block=None, state=None, loss_weight=rows)
+    batch = jax.eval_shape(lambda b: step.work(b), dataclasses.replace(batch, dataset=jax.ShapeDtypeStruct((4096, 4), jnp.int32)))
+    assert batch["pairs"].dtype == jnp.float32  # 4,096 rows of 1,024 that all see each other are twice what i32 holds
+
+
 def test_topologies():
     chip, sides = hardware.topology("v5p:4x4x8")
     assert (chip.name, sides) == ("v5p", (4, 4, 8))
@@ -91,6 +100,7 @@ def test_topologies():
         ("v5e", "write a chip and its sides"),
         ("v5e:2x2x2", "connected in 2"),
         ("v5e:0x4", "write a chip"),
+        ("v5e:32x32", "largest slice of v5e has 256"),
     ):
         with pytest.raises(UserError, match=said):
             hardware.topology(text)

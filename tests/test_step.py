@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from vla_jax import config, sharding, tree
+from vla_jax import config, distributed, sharding, tree
 from vla_jax.data import feed
 from vla_jax.data.stream import Stream
 from vla_jax.models import vla
@@ -95,9 +95,13 @@ def test_chunks_of_the_loss_change_nothing(monkeypatch, logits):
     take = lambda x: np.take_along_axis(np.asarray(x), at, 1)
     np.testing.assert_allclose(found["nll"][real], take(want)[real], rtol=1e-5)
     np.testing.assert_array_equal(found["correct"][real], take(scores.argmax(-1) == target)[real])
+    same = host(
+        jax.jit(lambda: losses.token_loss(0 * hidden, table, target, weight, targets=14))()
+    )  # all scores are equal: the first counts
+    np.testing.assert_array_equal(same["correct"][same["weight"] > 0], take(target == 0)[same["weight"] > 0])
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots", "offload"])
 def test_what_is_computed_again_changes_nothing(tiny, tmp_path, remat):
     """Deep enough to be scanned. Gradients equal in float32 up to fusion."""
     run = loop.prepare(tiny("model.preset=demo", "model.remat=none"), tmp_path)
@@ -169,6 +173,21 @@ def test_the_tally_carries_over_a_million():
     total = lambda pair: int(pair[0]) * (1 << 20) + int(pair[1])
     assert total(got["samples"]) == total([3, 1048570]) + 10 and int(got["samples"][1]) < 1 << 20
     assert total(got["tokens"]) == total([3, 1048570]) + 5_000_000
+
+
+def test_a_streak_between_log_steps_is_not_missed(tiny, tmp_path, monkeypatch):
+    """Three bad batches in a row, then a good one, looked at only every fourth step."""
+    real, count = Stream.__next__, [0]
+
+    def some(self):
+        got = real(self)
+        count[0] += 1
+        return (poisoned(got[0]), got[1]) if count[0] % 4 else got
+
+    monkeypatch.setattr(Stream, "__next__", some)
+    run = loop.prepare(tiny("train.steps=12", "train.log_every=4", "train.max_skips=3", "data.holdout=0"), tmp_path / "w")
+    with pytest.raises(UserError, match="stopped at step 4: the last 4 steps were skipped"):
+        loop.train(run, quiet=True)
 
 
 def test_too_many_skipped_steps_end_the_run(tiny, tmp_path, monkeypatch):
@@ -305,23 +324,101 @@ def test_state_is_made_where_it_belongs(tiny, tmp_path):
     assert m.temp_size_in_bytes < 0.14 * whole
 
 
-def lowered_text(run, devices=8):
+def divided_text(run, dump):
     """The step's program for the mesh, after it was divided: before this platform replaces bfloat16, which a CPU does not have."""
     current, train_step = made(run)
     (batch,) = batches(run, 1)
     with jax.set_mesh(run.mesh):
-        return train_step.lower(current, feed.to_device(batch, run.mesh))
+        lowered = train_step.lower(current, feed.to_device(batch, run.mesh))
+    lowered.compile(compiler_options={"xla_dump_to": str(dump), "xla_dump_hlo_pass_re": "spmd.*|sharding.*"})
+    return next(p for p in sorted(dump.glob("*after_spmd-partitioning*")) if "jit_step" in p.name).read_text()
 
 
-def test_weights_travel_in_bfloat16(tiny, tmp_path):
-    """On a mesh of eight: whatever is gathered and has the size of a weight or more is bfloat16, and so is what comes back as gradient."""
-    run = loop.prepare(tiny("model.preset=debug", "model.dtype=bfloat16", "mesh.data=1", "mesh.fsdp=8", "model.remat=full"), tmp_path)
-    dump = tmp_path / "hlo"
-    lowered_text(run).compile(compiler_options={"xla_dump_to": str(dump), "xla_dump_hlo_pass_re": "spmd.*|sharding.*"})
-    text = next(p for p in sorted(dump.glob("*after_spmd-partitioning*")) if "jit_step" in p.name).read_text()
-    gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
-    large = {(d, s) for d, s in gathered if np.prod([int(n) for n in s.split(",") if n] or [1]) >= 96 * 96}
-    assert len(large) >= 6 and {d for d, _ in large if d.startswith(("f", "bf"))} == {"bf16"}, large
+def sent(text, kinds):
+    """[(dtype, dims)] of what operations of these kinds give."""
+    found = re.findall(rf"= (\(?[^=]*?) (?:{kinds})\(", text)
+    return [(d, tuple(int(n) for n in s.split(",") if n)) for out in found for d, s in re.findall(r"(\w+)\[([\d,]*)\]", out)]
+
+
+def test_weights_travel_in_bfloat16_and_activations_not_at_all(tiny, tmp_path):
+    """On a mesh of eight: what is gathered and has the size of a weight is bfloat16, and so are the sums of gradients; and no device
+    gathers or sums what belongs to the rows of all: 32 images, or 8 rows in the decoder's layers."""
+    over = ("model.preset=debug", "model.dtype=bfloat16", "mesh.data=1", "mesh.fsdp=8", "model.remat=full", "pack.images=4")
+    run = loop.prepare(tiny(*over), tmp_path)
+    vision, language = (dataclasses.replace(x, depth=6) for x in (run.cfg.vision, run.cfg.language))  # scanned, as real ones are
+    run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, vision=vision, language=language))
+    text = divided_text(run, tmp_path / "hlo")
+    large = {(d, s) for d, s in sent(text, "all-gather") if np.prod(s) >= 96 * 96 and d.startswith(("f", "bf"))}
+    assert len(large) >= 6 and {d for d, _ in large} == {"bf16"}, large
+    summed = {(d, s) for d, s in sent(text, "all-reduce|reduce-scatter") if np.prod(s) >= 96 * 96}
+    summed.discard(("f32", (8, 64, 128)))  # what the parts of the vocabulary say of the hidden states of targets
+    assert {d for d, s in summed} == {"bf16"}, summed
+    of_all = [(d, s) for d, s in sent(text, "all-reduce|all-gather|reduce-scatter") if s[:1] == (32,) and len(s) > 2 or s[:2] == (8, 96)]
+    assert not [x for x in of_all if np.prod(x[1]) > 8 * 64 * 128], of_all
+
+
+def test_parts_are_taken_from_each_devices_own_rows(tiny, tmp_path):
+    """Accumulating in two parts sends no pictures: nothing of the batch's bytes is exchanged."""
+    run = loop.prepare(tiny("pack.rows=16", "train.accumulate=2", "mesh.data=8", "mesh.fsdp=1"), tmp_path)
+    moved = [s for d, s in sent(divided_text(run, tmp_path / "hlo"), "all-gather|all-to-all|collective-permute") if d == "u8"]
+    assert not moved
+
+
+def test_averaged_parameters_and_clipping(tiny, tmp_path):
+    """EMA by its definition; a gradient of any size moves plain parameters no further than its clipped norm allows."""
+    run = loop.prepare(tiny("train.ema=0.75", "train.warmup=0"), tmp_path)
+    current, train_step = made(run)
+    (batch,) = batches(run, 1)
+    start = host(current.params)
+    with jax.set_mesh(run.mesh):
+        current, _ = train_step(current, feed.to_device(batch, run.mesh))
+    want = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, start, host(current.params))
+    jax.tree.map(lambda w, g: np.testing.assert_allclose(w, g, atol=1e-6), want, host(current.ema))
+    params = {"llm": {"w": jnp.ones((4, 4))}}
+    tx = optim.make(config.Train(optimizer="adafactor", b1=0.0, clip=0.5, warmup=0, lr=1.0, weight_decay=0.0))
+    one, other = (tx.update({"llm": {"w": jnp.full((4, 4), g)}}, tx.init(params), params)[0]["llm"]["w"] for g in (1e3, 1e6))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_compiled_programs_are_kept_where_the_cache_is(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("VLA_CACHE", str(tmp_path))
+    try:
+        distributed.keep_compiled()  # the tests' own folder is named in the environment, and stays
+        assert jax.config.jax_compilation_cache_dir == before
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        distributed.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_vocabulary_that_does_not_divide_costs_no_more(tiny, tmp_path):
+    """Each device then makes the logits of its own rows: the work of one is an eighth of all, as where it divides."""
+    run = loop.prepare(tiny("mesh.data=1", "mesh.fsdp=8"), tmp_path)
+    hidden, target = jnp.zeros((8, 96, 32)), jnp.zeros((8, 96), jnp.int32)
+    costs = []
+    for vocab in (4096, 4100):
+        grad = jax.grad(lambda h, t: losses.token_loss(h, t, target, target + 1.0, targets=64)["nll"].sum(), (0, 1))
+        with jax.set_mesh(run.mesh):
+            rows = jax.sharding.NamedSharding(run.mesh, jax.sharding.PartitionSpec(sharding.BATCH))
+            lowered = jax.jit(grad, in_shardings=(rows, None)).lower(hidden, jnp.zeros((vocab, 32)))
+        costs.append(lowered.compile().cost_analysis()["flops"])
+    assert costs[1] < 1.3 * costs[0], costs
+
+
+def test_gradients_of_a_frequent_token_do_not_drown(tiny, tmp_path):
+    """One token in 4,096 places: in bfloat16 its row's gradient is the sum in float32 of what each place gives, to their own rounding."""
+    from vla_jax.models import decoder
+
+    cfg = dataclasses.replace(loop.prepare(tiny(), tmp_path).cfg, dtype="bfloat16")
+    tokens = jnp.zeros((4, 1024), jnp.int32)
+    each = jnp.asarray(np.random.default_rng(0).normal(0.2, 1, (4, 1024, cfg.language.width)), jnp.bfloat16)
+    table = jnp.zeros((cfg.vocab, cfg.language.width))
+    look = lambda t: decoder.Embedder(cfg).apply({"params": {"input_embedding": t}}, tokens)
+    got = jax.grad(lambda t: (look(t).astype(jnp.float32) * each.astype(jnp.float32)).sum())(table)[0]
+    want = each.astype(jnp.float32).sum((0, 1)) * cfg.language.width**0.5
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=2.0)
 
 
 def test_the_loop_reads_nothing_between_log_steps(tiny, tmp_path, monkeypatch):
@@ -357,6 +454,12 @@ def test_the_loop_reads_nothing_between_log_steps(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "make_train_step", watched)
     loop.train(loop.prepare(tiny("train.steps=7", "train.log_every=3", "train.save_every=2"), tmp_path), quiet=True)
     assert set(reads) == {3, 6, 7}
+
+
+def test_a_url_is_no_workdir(tiny):
+    """It would have become a folder called `gs:` here, lost with the machine."""
+    with pytest.raises(UserError, match="gs://bucket/a is a URL.*mount the bucket"):
+        loop.prepare(tiny(), "gs://bucket/a")
 
 
 def test_the_guard_would_stop_a_hidden_transfer(tiny, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from vla_jax.types import UserError
 
@@ -12,8 +13,8 @@ GIB = 1 << 30
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """Of one JAX device, of which a chip has `cores` (one, but for 7x). peak: bfloat16 FLOP/s of matrix products; hbm_bytes, hbm_rate: size and bytes/s of its memory; link: bytes/s one way to a
-    neighbour, of which there are two along each of `torus` dimensions; whole: how long a side must be to close into a ring; dcn: bytes/s
-    one way to other slices, a chip's share of its host's network."""
+    neighbour, of which there are two along each of `torus` dimensions; dcn: bytes/s one way to other slices, a device's share of its
+    host's network; slice: chips of the largest slice."""
 
     name: str
     kinds: tuple[str, ...]  # jax.Device.device_kind
@@ -22,18 +23,18 @@ class Chip:
     hbm_rate: float = 0
     link: float = 0
     torus: int = 0
-    whole: int = 0
     dcn: float = 0
+    slice: int = 0
     cores: int = 1
 
 
 # Google's specifications of Cloud TPU v5e, v5p, v6e and 7x. Per-link rates are the published bidirectional total of a chip, divided by
 # links and directions. HBM is what the compiler lets a program have (it says so where a program does not fit).
 TPUS = {
-    "v5e": Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 50e9, 2, 16, 3.1e9),
-    "v5p": Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 4, 6.2e9),
-    "v6e": Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640e9, 100e9, 2, 16, 12.5e9),
-    "tpu7x": Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12 / 2, 94.7 * GIB, 7370e9 / 2, 50e9, 3, 4, 6.2e9, cores=2),
+    "v5e": Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 50e9, 2, 3.1e9, 256),
+    "v5p": Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 6.2e9, 6144),
+    "v6e": Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640e9, 100e9, 2, 12.5e9, 256),
+    "tpu7x": Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12 / 2, 94.7 * GIB, 7370e9 / 2, 50e9, 3, 6.2e9, 9216, cores=2),
 }
 # NVIDIA's dense bfloat16 rates, of the SXM boards
 GPUS = {
@@ -58,4 +59,8 @@ def topology(text: str) -> tuple[Chip, tuple[int, ...]]:
         raise UserError(f"--topology {text!r}: write a chip and its sides, such as v5e:8x8 or v5p:4x4x4; chips: {', '.join(TPUS)}")
     if len(sides) != TPUS[name].torus:
         raise UserError(f"--topology {text!r}: {name} is connected in {TPUS[name].torus} dimensions, and this has {len(sides)}")
+    if (chips := math.prod(map(int, sides))) > TPUS[name].slice:
+        raise UserError(
+            f"--topology {text!r} is {chips:,} chips, and the largest slice of {name} has {TPUS[name].slice:,}: take several, with --slices"
+        )
     return TPUS[name], tuple(map(int, sides))

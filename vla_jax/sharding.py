@@ -97,6 +97,12 @@ def batch_sharding(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def divides(axis: str, size: int) -> bool:
+    """Whether all mesh axes of a logical axis divide a dimension of this size, on the mesh that is set; True without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % math.prod(mesh.shape[a] for a in dict(RULES.table)[axis]) == 0
+
+
 def constrain(x, axes: tuple[str | None, ...]):
     """Asks the compiler to lay an activation out by the rules, where a mesh is set (jax.set_mesh)."""
     mesh = jax.sharding.get_abstract_mesh()

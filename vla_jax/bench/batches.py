@@ -18,13 +18,14 @@ KINDS = ("full", "padded", "packed")
 def shaped(config: Config, kind: str, patches: int) -> Config:
     """The config with rows as a kind of batch has them. full: a sample of three cameras and TEXT slots in each row (openpi's layout);
     padded: the same rows, and samples of one, two and three cameras, of which absent ones are black; packed: those same samples without
-    the absent cameras, as many in a row of that length as fit. Raises: UserError."""
+    the absent cameras, in half as many rows of twice the length, as many as fit. Raises: UserError."""
     if kind not in KINDS:
         raise UserError(f"--batch {kind!r}; there are: {', '.join(KINDS)}")
-    length = 3 * patches + TEXT
-    samples = length // (patches + PROMPT + ACTION) if kind == "packed" else 1
-    images = max(3, min(2 * samples, length // patches)) if kind == "packed" else 3
-    sizes = {"length": length + length % 2, "images": images, "samples": samples, "targets": ACTION * samples}
+    length, packed, rows = 3 * patches + TEXT, kind == "packed", config.pack.rows
+    length, rows = (2 * length, max(rows // 2, 1)) if packed else (length, rows)
+    samples = length // (patches + PROMPT + ACTION) if packed else 1
+    images = min(2 * samples, length // patches) if packed else 3
+    sizes = {"rows": rows, "length": length + length % 2, "images": images, "samples": samples, "targets": ACTION * samples}
     return dataclasses.replace(config, pack=dataclasses.replace(config.pack, **sizes))
 
 
@@ -57,7 +58,7 @@ def make(config: Config, kind: str, *, patches: int, vocab: int, seed: int = 0) 
             images[r, slot : slot + cameras[i]] = rng.integers(0, 256, (cameras[i], side, side, 3), np.uint8)
             dataset[r, g] = 0
             at, slot = at + n, slot + seen
-    robot = (p.rows, p.samples, 2, 1)
+    robot = (p.rows, p.samples, 2, 1)  # two steps of one number
     return Batch(
         images=images,
         loss_weight=weight,
@@ -68,3 +69,9 @@ def make(config: Config, kind: str, *, patches: int, vocab: int, seed: int = 0) 
         chunk=i32(p.rows, p.samples) + 2,
         **out,
     )
+
+
+def black(batch: Batch, patches: int) -> int:
+    """Cameras that are computed and are not there."""
+    seen = batch.images.reshape(*batch.images.shape[:2], -1).any(axis=-1).sum()
+    return int((batch.tokens == IMAGE).sum() // patches - seen)

@@ -50,10 +50,20 @@ def _changed(config: Config, batch: str, what: str) -> tuple[Config, str, str]:
     key, _, value = what.partition("=")
     group, _, name = key.partition(".")
     old = getattr(getattr(config, group, None), name, None)
-    if old is None or not value:
+    if old is None or not value or (group == "pack" and name != "rows" and batch != "data"):
         raise UserError(f"--beside {what!r}: full_loss, padded, packed, full, or a setting of the config such as model.remat=full")
-    made = dataclasses.replace(getattr(config, group), **{name: type(old)(value)})
+    made = dataclasses.replace(getattr(config, group), **{name: _parsed(old, value, what)})
     return dataclasses.replace(config, **{group: made}), what, batch
+
+
+def _parsed(old, value: str, what: str):
+    """A setting's value from text, of the type that it has."""
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "false": False}[value.lower()]
+        return tuple(value.split(",")) if isinstance(old, tuple) else type(old)(value)
+    except (ValueError, KeyError) as e:
+        raise UserError(f"--beside {what!r}: the value must be of type {type(old).__name__}") from e
 
 
 class _Step:
@@ -68,7 +78,7 @@ class _Step:
         from vla_jax.models import flops, presets
         from vla_jax.train import compile_check, loop, optim, state, step
 
-        self.where, self.kind, self.beside = where, batch, beside
+        self.where, self.kind, self.beside, black = where, batch, beside, 0
         if batch == "data":
             from vla_jax.data.stream import Stream
 
@@ -86,6 +96,7 @@ class _Step:
             sharding.check_batch(config.pack.rows, self.mesh, parts=config.train.accumulate, where=where)
             self.cfg, datasets = state.model_config(config, vocab=config.model.vocab or 1024, state_dim=1), 1
             made = batches.make(config, batch, patches=patches, vocab=self.cfg.vocab)
+            black = batches.black(made, patches)
         self.config, self.tx = config, optim.make(config.train)
         ema = config.train.ema > 0
         abstract, self.place = state.shardings(self.cfg, self.tx, self.mesh, with_ema=ema)
@@ -96,12 +107,18 @@ class _Step:
         }
         self.samples, self.batch = self.work["samples"], feed.to_device(made, self.mesh)
         pack = config.pack
-        slots = flops.slots(self.cfg, pack.rows, length=pack.length, images=pack.images, targets=pack.targets)
+        flow = config.train.objective != "tokens"
+        steps = made.actions.shape[2]
+        targets = pack.targets if config.train.objective != "flow" else 0
+        sizes = {"length": pack.length, "images": pack.images, "targets": targets}
+        slots = flops.slots(self.cfg, pack.rows, **sizes, samples=pack.samples if flow else 0, steps=steps)
+        self.work["patches"] -= black * self.cfg.tokens_per_image
+        self.work["tokens"] -= black * self.cfg.tokens_per_image
         plain = step.make_train_step(
             config, dataclasses.replace(self.cfg, attention="xla"), self.tx, self.mesh, self.place, datasets=datasets
         )
         self.flops = {
-            "real": flops.model(self.cfg, self.work),
+            "real": flops.model(self.cfg, flops.with_expert(self.work, steps) if flow else self.work),
             "slots": flops.model(self.cfg, slots),
             "programmed": flops.traced(plain, abstract, jax.tree.map(compile_check.shape_of, self.batch)),
         }
@@ -208,8 +225,8 @@ class _Step:
         return out | {"rest": round(self.ms() - sum(out.values()), 1)}
 
 
-def peer(program: str, arguments: str, ours: dict) -> Iterator[dict]:
-    """Runs another program's step on the same machine, and holds its JSON lines beside ours. Raises: UserError when it fails."""
+def peer(program: str, arguments: str) -> list[dict]:
+    """Runs another program's step on this machine, and gives its JSON lines. Raises: UserError when it fails."""
     if not Path(program).is_file():
         raise UserError(f"--peer {program}: no such file. Name a program that prints JSON lines with `ms` and `samples_s`.")
     command = [sys.executable, program, *shlex.split(arguments)]
@@ -217,10 +234,7 @@ def peer(program: str, arguments: str, ours: dict) -> Iterator[dict]:
     lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
     if done.returncode or not lines:
         raise UserError(f"--peer {shlex.join(command)} ended with {done.returncode}: {' '.join(done.stderr.split())[-400:]}")
-    for line in lines:
-        if "samples_s" in line:
-            line["ours_to_peer"] = round(ours["samples_per_s"] / line["samples_s"], 3)
-        yield {"peer": Path(program).name, "arguments": arguments, **line}
+    return [{"peer": Path(program).name, "arguments": arguments, **line} for line in lines]
 
 
 def _scratch() -> Path:

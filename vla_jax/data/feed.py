@@ -73,6 +73,10 @@ class Feed:
             raise got
         return got
 
+    def ready(self) -> bool:
+        """Whether the next batch is there."""
+        return not self._ready.empty()
+
     def _produce(self) -> None:
         try:
             while not self._stop.is_set():

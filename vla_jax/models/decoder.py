@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vla_jax.models.attention import attention
 from vla_jax.models.layers import Einsum, RMSNorm, fan_in, kept, layer_input, rope, stack, used, weight
 from vla_jax.models.presets import VLAConfig
-from vla_jax.sharding import constrain
+from vla_jax.sharding import constrain, divides
 
 
 class Attention(nn.Module):
@@ -72,9 +72,11 @@ class Embedder(nn.Module):
         c = self.cfg
         init = nn.initializers.normal(c.language.width**-0.5)
         table = self.param("input_embedding", weight(init, "vocab", "embed"), (c.vocab, c.language.width))
-        # every device looks its part of the width up, for the rows of all: these parts are exchanged, and never the table
-        x = constrain(table.astype(jnp.dtype(c.dtype)), ("vocab", "embed"))[constrain(tokens, ("replica", None))]
-        x = constrain(constrain(x, ("replica", None, "embed")), ("batch", None, None))
+        # Every device looks its part of the width up, for the rows of all: these parts are exchanged, and never the table. From the
+        # table in float32, in which the gradients of a token that stands in thousands of places are then added.
+        rows = "replica" if divides("embed", table.shape[1]) else "batch"
+        x = constrain(table, ("vocab", "embed"))[constrain(tokens, (rows, None))].astype(jnp.dtype(c.dtype))
+        x = constrain(constrain(x, (rows, None, "embed")), ("batch", None, None))
         return x * jnp.asarray(c.language.width**0.5, c.dtype)
 
 

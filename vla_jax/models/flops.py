@@ -42,7 +42,7 @@ def expert(c: Language, e: Expert, tokens: float, pairs: float) -> dict[str, flo
 
 
 def model(cfg: VLAConfig, work: Mapping[str, float]) -> float:
-    """FLOP of a training step by RULE. work: numbers of tokens, patches, pairs and targets, as train.step.work counts them, and of
+    """FLOP of a training step by RULE, all weights trained: of adapters or frozen weights it says more than is done. work: numbers of tokens, patches, pairs and targets, as train.step.work counts them, and of
     expert_tokens and expert_pairs where there is an expert."""
     seen = vision(cfg.vision, cfg.language.width, work["patches"], image_tokens=cfg.tokens_per_image)
     forward = sum(seen.values()) + sum(language(cfg.language, work["tokens"], work["pairs"]).values())
@@ -63,6 +63,13 @@ def slots(cfg: VLAConfig, rows: int, *, length: int, images: int, targets: int, 
         "expert_tokens": rows * own,
         "expert_pairs": rows * own * (length + own),
     }
+
+
+def with_expert(work: Mapping[str, float], steps: int) -> dict[str, float]:
+    """The work of a batch whose samples each have `steps` noisy actions and a state: beside the decoder's, the expert's."""
+    own = steps + 1
+    pairs = own * (work["tokens"] + work["samples"] * own)
+    return dict(work) | {"expert_tokens": work["samples"] * own, "expert_pairs": pairs}
 
 
 def traced(fn, *args) -> float:

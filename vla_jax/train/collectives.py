@@ -35,7 +35,7 @@ def read(text: str, devices: int, slices: int = 1) -> list[Collective]:
     """The collectives in a compiled program's text (jax.stages.Compiled.as_text), of so many devices, those of a slice in a row.
 
     A collective that the compiler has split into steps beside other work (asynchronous fusions) stands there several times under one
-    channel, and counts once.
+    channel, and counts once. The TPU's reduce-scatters are fusions of that name around an all-reduce, and count as what they are.
     """
     bodies, entry = _computations(text)
     times = _multiplicity(bodies, entry)
@@ -50,11 +50,11 @@ def read(text: str, devices: int, slices: int = 1) -> list[Collective]:
                 continue
             if channel:
                 seen.add((match["kind"], channel[1]))
-            found.append(_collective(match, line, times[name], devices, slices))
+            found.append(_collective(match, line, times[name], devices, slices, scattered="all-reduce-scatter" in name))
     return [c for c in found if c.bytes]
 
 
-def _collective(match, line: str, times: int, devices: int, slices: int) -> Collective:
+def _collective(match, line: str, times: int, devices: int, slices: int, *, scattered: bool) -> Collective:
     kind, out = match["kind"], match["out"]
     groups = _groups(line, devices)
     size = max(map(len, groups))
@@ -71,6 +71,8 @@ def _collective(match, line: str, times: int, devices: int, slices: int) -> Coll
         "all-to-all": total * others,
         "collective-permute": float(total),
     }[kind]
+    if scattered and kind == "all-reduce":
+        kind, moved = "reduce-scatter", total * others
     per_slice = devices // slices
     across = any(len({d // per_slice for d in group}) > 1 for group in groups)
     named = re.search(r'op_name="([^"]*)"', line)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -31,6 +32,7 @@ from vla_jax.types import Batch, UserError
 _ACTION_TOKENS = 4  # of a chunk, for each dimension: what FAST needs for one second (docs/tokens.md)
 _PROMPT = 48  # tokens of a description and a task
 _FULL = 0.95  # of a packed row
+_STACK = 1 << 30  # bytes of address space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,15 @@ def shapes(config: Config, patches: int) -> Shapes:
         fitted = files.load(t.action_path).vocab_size
     share = [w / sum(mix.weights) for w in mix.weights]
     images = [len([v for v in d.views if v in card.views]) * d.history for card in mix.cards]
-    tokens = [n * patches + _PROMPT + _ACTION_TOKENS * len(card.action.dims) for n, card in zip(images, mix.cards)]
+    if max(images) > config.pack.images:
+        name = mix.cards[images.index(max(images))].name
+        raise UserError(f"a sample of {name} has {max(images)} images but pack.images is {config.pack.images}. Raise --config.pack.images.")
+    chunks = [sample.chunk_steps(card.control_hz, d.chunk_s, d.max_chunk) for card in mix.cards]
+    of_chunk = [_ACTION_TOKENS * len(c.action.dims) if t.action == "fast" else k * len(c.action.dims) for k, c in zip(chunks, mix.cards)]
+    said = 0 if config.train.objective == "flow" else 1
+    tokens = [n * patches + _PROMPT + said * of for n, of in zip(images, of_chunk)]
     return Shapes(
-        chunk=max(sample.chunk_steps(card.control_hz, d.chunk_s, d.max_chunk) for card in mix.cards),
+        chunk=max(chunks),
         action=max(len(card.action.dims) for card in mix.cards),
         state=max(len(card.state.dims) for card in mix.cards) * d.history,
         datasets=len(mix.cards),
@@ -156,8 +164,8 @@ def _patches(config: Config) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """temp, host: bytes of a chip's buffers besides its state, and of what waits in the host's memory; text: the program; error: why
-    the compiler gave up, with the memory that it would have needed, if it says."""
+    """temp, host: bytes of a device's buffers besides its state, and of what waits in the host's memory; text: the program; error: why
+    it does not fit; temp is then what the compiler asked for, 0 if it did not say."""
 
     temp: float
     host: float
@@ -176,12 +184,12 @@ def compiled(plan: Plan) -> Compiled:
     with jax.set_mesh(plan.mesh):
         lowered = made.lower(given, batch)
         try:
-            done = lowered.compile()
+            done = _with_room(lowered.compile)
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             asked = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", str(e))
-            number, unit = (asked[1] or asked[3], asked[2] or asked[4]) if asked else ("nan", "G")
+            number, unit = (asked[1] or asked[3], asked[2] or asked[4]) if asked else ("0", "G")
             temp = float(number) * 1024 ** ("KMGT".index(unit) + 1)
             return Compiled(temp, 0.0, "", time.perf_counter() - before, str(e).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2][:300])
     m = done.memory_analysis()
@@ -191,6 +199,28 @@ def compiled(plan: Plan) -> Compiled:
     if total > plan.chip.hbm_bytes:
         error = f"state and buffers together are {total / GIB:.2f} GiB, and there are {plan.chip.hbm_bytes / GIB:.2f}"
     return Compiled(float(temp), float(host), "" if error else done.as_text(), time.perf_counter() - before, error)
+
+
+def _with_room(call):
+    """call() on a thread with a large stack, which the compiler for 7x needs and does not check for. Raises: what it raises."""
+    got: list = []
+
+    def run() -> None:
+        try:
+            got.append(call())
+        except BaseException as e:
+            got.append(e)
+
+    before = threading.stack_size(_STACK)
+    try:
+        thread = threading.Thread(target=run, name="compile")
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    if isinstance(got[0], BaseException):
+        raise got[0]
+    return got[0]
 
 
 def state_bytes(abstract, where) -> dict[str, float]:
@@ -220,7 +250,7 @@ def replicated(plan: Plan) -> list[dict]:
 
 
 def better_mesh(plan: Plan) -> dict | None:
-    """The division of the same chips into data and fsdp with the least state on each, where that is less than a tenth of what it is."""
+    """The division of the same chips into data and fsdp with the least state on each, where that is a tenth less than now, or more."""
     sizes = dict(plan.mesh.shape)
     now, n = sum(state_bytes(*plan.state()).values()), sizes["data"] * sizes["fsdp"]
     best = None
@@ -242,7 +272,7 @@ def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
     batch_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(batch))
     memory |= {"state": kept, "batch": float(batch_bytes), "activations": done.temp, "host": done.host, "hbm": plan.chip.hbm_bytes}
     memory["total"] = kept + batch_bytes + done.temp
-    fits = not done.error
+    fits, lost = not done.error, replicated(plan)
     pack = config.pack
     slots = flops.slots(
         cfg,
@@ -287,8 +317,8 @@ def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
         "fits": fits,
         "why": done.error,
         "memory": memory,
-        "replicated": replicated(plan),
-        "better_mesh": better_mesh(plan),
+        "replicated": lost,
+        "better_mesh": better_mesh(plan) if lost or not fits else None,
         "flops": {"model": model, "hardware": hard},
         "collectives": by_kind,
         "bounds": one.bounds(plan.chip),
@@ -309,7 +339,7 @@ def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
 def largest_rows(plan: Plan, done: Compiled, say: Callable[[str], None]) -> int:
     """The most rows that fit, all else as it is: what fits and what does not are brought together by compiling between them, first where
     memory, taken as a straight line through what is known, says."""
-    unit = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * plan.config.train.accumulate
+    unit = _unit(plan)
     units = plan.config.pack.rows // unit
     room = plan.chip.hbm_bytes - sum(state_bytes(*plan.state()).values())
     known = {units: done}
@@ -330,6 +360,11 @@ def largest_rows(plan: Plan, done: Compiled, say: Callable[[str], None]) -> int:
             n = min(max(n, good + max(edge, 1)), bad - max(edge, 1))
         known[n] = compiled(plan.changed(_with(plan.config, pack={"rows": n * unit})))
         say(f"{n * unit} rows: {_told(plan, known[n])}")
+
+
+def _unit(plan: Plan) -> int:
+    """Rows that a batch may have more or less."""
+    return math.lcm(plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * plan.config.train.accumulate, plan.config.pack.group)
 
 
 def _told(plan: Plan, done: Compiled) -> str:
@@ -367,15 +402,20 @@ def _changes(plan: Plan) -> Iterator[dict]:
     if (better := better_mesh(plan)) is not None:
         yield {"mesh": {axis: better[axis] for axis in sharding.AXES}}
     yield from ({"model": {"remat": name}} for name in stronger if name != "offload")
-    parts = [config.train.accumulate * 2**i for i in range(1, 5)]
+    each = config.pack.rows // (plan.mesh.shape["data"] * plan.mesh.shape["fsdp"])  # rows of a device, of which parts are taken
+    parts = [n for n in range(config.train.accumulate + 1, each + 1) if each % n == 0]
+    parts = [parts[0], *parts[1 : len(parts) - 1 : 2], parts[-1]] if len(parts) > 2 else parts
     yield from ({"train": {"accumulate": n}} for n in parts)
     strong = "full" if "full" in stronger else config.model.remat
     if strong != config.model.remat:
         yield from ({"model": {"remat": strong}, "train": {"accumulate": n}} for n in parts)
     if config.train.moment_dtype == "float32":
         yield {"train": {"moment_dtype": "bfloat16"}}
-        yield {"model": {"remat": strong}, "train": {"moment_dtype": "bfloat16", "accumulate": parts[-1]}}
-    unit = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * config.train.accumulate
+        yield {
+            "model": {"remat": strong},
+            "train": {"moment_dtype": "bfloat16", "accumulate": parts[-1] if parts else config.train.accumulate},
+        }
+    unit = _unit(plan)
     yield from ({"model": {"remat": strong}, "pack": {"rows": n * unit}} for n in (4, 2, 1) if n * unit < config.pack.rows)
     if config.train.optimizer != "adafactor":
         change = {"optimizer": "adafactor", "moment_dtype": "bfloat16"}

@@ -41,13 +41,20 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     eval_step = step.make_eval_step(config, ready.cfg, ready.mesh, place.params, datasets=len(names))
     with jax.set_mesh(ready.mesh):
         out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
-    plain, params = dataclasses.replace(ready.cfg, lora=None), vla.merged(ready.cfg, params)
+    for name, found in robot_errors(config, ready.cfg, held_out, params, frames=frames, mesh=ready.mesh).items():
+        out.setdefault(name, {}).update(found)
+    return {"step": latest, **out}
+
+
+def robot_errors(config: Config, cfg: VLAConfig, source: Source, params, *, frames: int, mesh) -> dict[str, dict]:
+    """{dataset: mae, baseline, valid of the tokens, and flow_mae of the expert}, as the objective has them; see `action_errors`."""
+    plain, params, out = dataclasses.replace(cfg, lora=None), vla.merged(cfg, params), {}
     for head in ("tokens", "flow") if config.train.objective == "both" else (config.train.objective,):
-        for name, found in action_errors(plain, held_out, params, frames=frames, head=head, mesh=ready.mesh).items():
+        for name, found in action_errors(plain, source, params, frames=frames, head=head, mesh=mesh).items():
             found.pop("first")
             found = found if head == "tokens" else {"flow_mae": found["mae"], "baseline": found["baseline"]}
             out.setdefault(name, {}).update(found)
-    return {"step": latest, **out}
+    return out
 
 
 class Evaluation:
@@ -69,10 +76,10 @@ class Evaluation:
         t = self._config.train
         found = token_metrics(self._config, self._held_out, self._step, params, self._mesh, batches=t.eval_batches)
         if t.eval_frames:
-            head = "flow" if t.objective == "flow" else "tokens"
-            plain, merged = dataclasses.replace(self._cfg, lora=None), vla.merged(self._cfg, params)
-            for name, errors in action_errors(plain, self._held_out, merged, frames=t.eval_frames, head=head, mesh=self._mesh).items():
-                found.setdefault(name, {}).update({k: v for k, v in errors.items() if k != "first"})
+            for name, errors in robot_errors(
+                self._config, self._cfg, self._held_out, params, frames=t.eval_frames, mesh=self._mesh
+            ).items():
+                found.setdefault(name, {}).update(errors)
         return found
 
 

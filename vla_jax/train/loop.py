@@ -17,7 +17,7 @@ from vla_jax.config import Config, Train
 from vla_jax.data import feed, stats
 from vla_jax.data.source import Source, open_source
 from vla_jax.data.stream import Stream, initial_state
-from vla_jax.models import attention, lora, presets, vla
+from vla_jax.models import attention, flops, lora, presets, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens import files
 from vla_jax.train import checkpoint, evaluate, metrics, optim, state, step
@@ -40,6 +40,10 @@ class Run:
 
 def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Run:
     """Opens everything and checks that it fits together. Raises: UserError, before a parameter is created."""
+    if "://" in str(workdir):
+        raise UserError(
+            f"workdir {workdir} is a URL, and a run is kept in a folder: mount the bucket (gcsfuse, say) and name the folder there."
+        )
     workdir = Path(workdir).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -65,8 +69,10 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
             f"the mixture has actions of {source.shape[1]} and states of {source.shape[2]} numbers, more than model.expert_dims "
             f"{cfg.expert.action_dim}. Raise --config.model.expert_dims."
         )
-    how = config.model.attention, config.model.remat, config.train.accumulate, config.train.spike  # no part of the digest
-    distributed.agree("config", f"{config.digest()} {how}")  # one program on all
+    all_of = dataclasses.asdict(config)
+    for key in ("root", "index_dir", "threads", "read_ahead", "prefetch"):  # each host's own affair
+        all_of["data"].pop(key)
+    distributed.agree("config", json.dumps(all_of, sort_keys=True))  # one program, and its pauses at the same steps
     distributed.agree("data", source.fingerprint())
     return Run(config, workdir, mesh, source, cfg)
 
@@ -85,7 +91,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
     if first:
         meta = checkpoints.meta(first)
         checkpoint.check_same_run(meta, config, checkpoints.path, run.source)
-        current, productive = checkpoints.restore(first, abstract, where), meta.productive_s
+        current, productive = state.started_again(checkpoints.restore(first, abstract, where)), meta.productive_s
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
         current = state.create(
@@ -116,7 +122,9 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
         for now in range(first + 1, t.steps + 1):
             trace.before(now)
             with jax.transfer_guard("disallow"):  # nothing crosses between host and devices: the batch is there already
-                with meter.waiting("data", idle=lambda: not queued or queued[-1].is_ready()):
+                if not ahead.ready():  # what the devices still work through is no waiting for data
+                    jax.block_until_ready(list(queued))
+                with meter.waiting("data"):
                     batch, after = next(ahead)
                 with meter.waiting("compile") if now == first + 1 else contextlib.nullcontext():
                     current, measured = train_step(current, batch)
@@ -137,7 +145,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
                     writer.log(now, {"eval": evaluation(current.ema or current.params)})
             if now % t.save_every == 0 or now == t.steps:  # before the next batch is taken
                 with meter.waiting("checkpoint"):
-                    checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter.productive))
+                    checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter.so_far()))
     return current
 
 
@@ -171,13 +179,10 @@ def _readable(measured: dict, names: tuple[str, ...]) -> dict:
 def _held(run: Run, work: dict, step_s: float) -> dict:
     """What the last batch held, and the rates at which such batches are learned from."""
     pack = run.config.pack
-    expert = {"expert_tokens": 0, "expert_pairs": 0}
-    if run.cfg.expert and run.config.train.objective != "tokens":
-        own = run.source.shape[0] + 1
-        expert = {"expert_tokens": work["samples"] * own, "expert_pairs": own * (work["tokens"] + work["samples"] * own)}
+    done = flops.with_expert(work, run.source.shape[0]) if run.config.train.objective != "tokens" else work
     rates = {"samples_per_s": work["samples"] / step_s, "tokens_per_s": work["tokens"] / step_s}
     used = {"samples": work["samples"], "tokens": work["tokens"], "slots_used": work["tokens"] / (pack.rows * pack.length)}
-    return used | rates | utilisation(run.cfg, work | expert, step_s)
+    return used | rates | utilisation(run.cfg, done, step_s)
 
 
 def _line(values: dict) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.models.layers import cap
-from vla_jax.sharding import RULES, constrain
+from vla_jax.sharding import RULES, constrain, divides
 
 LOGITS = 1 << 28  # that exist at one time on a device: 1 GiB in float32
 
@@ -23,10 +23,10 @@ def _chunk(rows: int, targets: int, vocab: int) -> int:
     if not mesh.empty:
         sizes = dict(mesh.shape)
         ways = lambda over: math.prod(sizes[a] for a in ((over,) if isinstance(over, str) else over or ()))
-        rows //= ways(RULES.spec(("replica",), (rows,), mesh)[0])
-        vocab //= ways(RULES.spec(("logits",), (vocab,), mesh)[0])
-    parts = -(-rows * targets * vocab // LOGITS)
-    return -(-targets // min(parts, targets))
+        axes = ("replica", "logits") if divides("logits", vocab) else ("batch", "vocab")
+        rows, vocab = (n // ways(RULES.spec((axis,), (n,), mesh)[0]) for axis, n in zip(axes, (rows, vocab)))
+    most = max(LOGITS // (rows * vocab), 1)
+    return -(-targets // -(-targets // most))
 
 
 def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float = 0.0) -> dict:
@@ -39,8 +39,10 @@ def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float 
     weight, position = (constrain(x, ("batch", None)) for x in jax.lax.top_k(weight, targets))
     picked = jnp.take_along_axis(hidden, position[..., None], axis=1), jnp.take_along_axis(target, position, axis=1)
     # picked where the rows are, which is where their gradient returns to
-    h, labels = (constrain(constrain(x, ("batch", None, None)[: x.ndim]), ("replica", None, None)[: x.ndim]) for x in picked)
-    table = constrain(table.astype(h.dtype), ("logits", None))
+    # where the vocabulary does not divide, each device makes all logits of its own rows
+    rows, words = ("replica", "logits") if divides("logits", len(table)) else ("batch", "vocab")
+    h, labels = (constrain(constrain(x, ("batch", None, None)[: x.ndim]), (rows, None, None)[: x.ndim]) for x in picked)
+    table = constrain(table.astype(h.dtype), (words, None))
     size = _chunk(len(h), targets, len(table))
     pad = -targets % size
     split = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
@@ -49,11 +51,13 @@ def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float 
     def chunk(args):
         h, labels = args
         logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32)
-        logits = constrain(cap(logits, logit_cap), ("replica", None, "logits"))
+        logits = constrain(cap(logits, logit_cap), (rows, None, words))
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        # a masked sum, since a look-up would gather the divided vocabulary
-        at = jnp.sum(jnp.where(jnp.arange(len(table)) == labels[..., None], logits, 0), axis=-1)
-        return log_z - at, at >= jnp.max(logits, axis=-1), log_z
+        # masked reductions, since a look-up or an argmax would gather the divided vocabulary
+        word = jnp.arange(len(table))
+        at = jnp.sum(jnp.where(word == labels[..., None], logits, 0), axis=-1)
+        best = jnp.min(jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), word, len(table)), axis=-1)
+        return log_z - at, best == labels, log_z
 
     found = jax.lax.map(chunk, (split(h), split(labels)))
     nll, correct, log_z = (x.swapaxes(0, 1).reshape(len(h), -1)[:, :targets] for x in found)

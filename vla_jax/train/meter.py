@@ -34,13 +34,15 @@ class Meter:
         self._since, self._spent, self.steps = time.perf_counter(), {"data": 0.0, "checkpoint": 0.0, "eval": 0.0, "compile": 0.0}, 0
 
     @contextlib.contextmanager
-    def waiting(self, what: str, *, idle=lambda: True) -> Iterator[None]:
-        """what: data, checkpoint, eval, or compile (of the first step). Counts only if the devices are `idle` at its end: what they worked
-        through was nobody's loss."""
+    def waiting(self, what: str) -> Iterator[None]:
+        """what: data, checkpoint, eval, or compile (of the first step)."""
         before = time.perf_counter()
         yield
-        if idle():
-            self._spent[what] += time.perf_counter() - before
+        self._spent[what] += time.perf_counter() - before
+
+    def so_far(self) -> float:
+        """Productive seconds up to now."""
+        return self.productive + max(time.perf_counter() - self._since - sum(self._spent.values()), 0.0)
 
     def window(self) -> dict:
         """Of the steps since the last call, of which the last one's results have been read: {step_s, time: shares of the wall clock
@@ -85,7 +87,7 @@ class Profile:
         self._stop()
 
     def before(self, step: int) -> None:
-        if step == self._steps[0]:
+        if self._steps[0] <= step <= self._steps[1] and not self._running:  # a run that went on from between them, too
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 

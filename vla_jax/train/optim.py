@@ -22,7 +22,7 @@ _MATRICES = (
     (r".*/attn_vec_einsum/w", (-3, -2), (-1,)),
     (r".*/(query|key|value)/kernel", (-3,), (-2, -1)),
     (r".*/out/kernel", (-3, -2), (-1,)),
-    (r".*/(gating_einsum|linear|Dense_[01]/kernel)", (-2,), (-1,)),
+    (r".*/(gating_einsum|linear|MlpBlock_0/Dense_[01]/kernel)", (-2,), (-1,)),
 )
 
 

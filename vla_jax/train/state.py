@@ -65,6 +65,11 @@ def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_em
     return abstract, TrainState(whole, specs, opt, specs if with_ema else None, whole, tally)
 
 
+def started_again(state: TrainState) -> TrainState:
+    """A restored state whose skipped steps are forgiven: train.max_skips counts from here."""
+    return dataclasses.replace(state, tally=state.tally | {"in_a_row": jax.jit(jnp.zeros_like)(state.tally["in_a_row"])})
+
+
 def convert(source: str, kind: str, out: str, *, preset: str, image_size: int, vocab: int = 0, more: str = "", more_kind: str = "") -> dict:
     """Weights of others -> a folder for `model.init`, through the devices' memory, sharded over all of them; with the action expert
     that the file has. Returns what it writes about them. Raises: UserError."""

@@ -82,8 +82,9 @@ def _gradients(params, config: Config, cfg: VLAConfig, batch: Batch, key, mesh, 
 
 
 def _ordinary(tally: dict, step, loss, norm, train: Train):
-    """Whether a step is to be taken: loss and gradient are finite, and its norm is no spike."""
-    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    """Whether a step is to be taken: loss and gradient are finite, and its norm is no spike. After max_skips in a row none is any more, so
+    that the loop, which looks at log steps only, cannot miss them."""
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (tally["in_a_row"] < train.max_skips)
     if train.spike:
         seen = (step - tally["skipped"]).astype(jnp.float32)
         ok &= (seen < SETTLED) | (norm <= train.spike * tally["norm"] / (1 - _MEMORY**seen))
@@ -107,13 +108,13 @@ def _counted(tally: dict, ok, norm, work: dict) -> dict:
 
 
 def work(batch: Batch) -> dict:
-    """What a batch holds, i32 each: real samples, tokens, images' tokens, pairs of tokens of the same sample, and targets."""
+    """What a batch holds: real samples, tokens, images' tokens, pairs of tokens of the same sample (f32; the others i32), and targets."""
     count = (batch.segment[:, :, None] == 1 + jnp.arange(batch.dataset.shape[1])).sum(axis=1)
     return {
         "samples": (batch.dataset >= 0).sum(),
         "tokens": (batch.segment > 0).sum(),
         "patches": (batch.tokens == IMAGE).sum(),
-        "pairs": jnp.square(count).sum(),
+        "pairs": jnp.square(count.astype(jnp.float32)).sum(),  # more than 2**31 on a pod
         "targets": (batch.loss_weight > 0).sum(),
     }
 
