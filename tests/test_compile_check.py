@@ -69,8 +69,9 @@ def test_two_slices_send_gradients_between_them_and_nothing_else(libtpu):
     c = small("v5e-8", "pack.rows=16", "mesh.data=2", "mesh.fsdp=4")
     r = compile_check.run(c, "v5e:2x2", slices=2, quick=True, say=lambda line: None)
     near, far = (sum(two[i] for two in r["collectives"].values()) for i in (0, 1))
-    gradients = 2 * r["parameters"] / 4 * 4  # at most in float32, of a device's part, there and back
-    assert 0 < far < gradients < near
+    # a device's part of the gradient goes there and comes back, in two bytes or in four, and what is narrow is filled up to 128
+    part = r["parameters"] / 4
+    assert 2 * part < far < 16 * part and near > far
     with pytest.raises(UserError, match="mesh.data is 1, and the 8 devices are 2 slices"):
         compile_check.Plan.make(small("v5e-8", "pack.rows=16", "mesh.data=1", "mesh.fsdp=8"), "v5e:2x2", 2)
 
@@ -219,6 +220,7 @@ ENTRY %main (x: bf16[8,4]) -> f32[4] {
   %g = f32[4]{0} all-reduce(%y), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum
   %r = f32[2]{0} reduce-scatter(%y), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, to_apply=%sum
   %s = f32[4]{0} all-reduce(%y), channel_id=5, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
+  %out.1 = (f32[3,8]{1,0:T(8,128)}, u32[], token[]) send(%g, %token), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %fused = f32[2]{0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %out = f32[4]{0} add(%g, %s)
 }
@@ -231,6 +233,7 @@ def test_collectives_of_a_text_that_is_known():
         ("all-gather", 3, 8 * 4 * 2 * 3 / 4, 4, False),  # six by twos; both lines are one operation
         ("all-reduce", 1, 2 * 16 * 1 / 2, 2, True),
         ("all-reduce", 1, 2 * 16 * 1 / 2, 2, True),
+        ("all-reduce", 1, 3 * 8 * 4 * 2 / 2, 2, True),  # through the host, to the other slice and back
         ("collective-permute", 3, 2 * 4 * 2.0, 2, False),
         ("reduce-scatter", 1, 8 * 3.0, 4, False),
         ("reduce-scatter", 1, 8 * 3.0, 4, False),  # as a fusion: 32 bytes, of which three quarters come from others

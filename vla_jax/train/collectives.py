@@ -12,6 +12,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(rf"= (?P<out>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)$")
+_BETWEEN = re.compile(r"= (?P<out>.*?) send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\"")
 _CALLED = re.compile(r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
@@ -35,13 +36,15 @@ def read(text: str, devices: int, slices: int = 1) -> list[Collective]:
     """The collectives in a compiled program's text (jax.stages.Compiled.as_text), of so many devices, those of a slice in a row.
 
     A collective that the compiler has split into steps beside other work (asynchronous fusions) stands there several times under one
-    channel, and counts once. The TPU's reduce-scatters are fusions of that name around an all-reduce, and count as what they are.
+    channel, and counts once. What crosses slices is sent through the host: an operation `send` that says which collective it is. The TPU's reduce-scatters are fusions of that name around an all-reduce, and count as what they are.
     """
     bodies, entry = _computations(text)
     times = _multiplicity(bodies, entry)
     found, seen = [], set()
     for name, lines in bodies.items():
         for line in lines:
+            if times.get(name) and (between := _BETWEEN.search(line)):
+                found.append(_between(between, line, times[name], slices))
             match = _OPERATION.search(line)
             if not match or not times.get(name):
                 continue
@@ -58,11 +61,11 @@ def _collective(match, line: str, times: int, devices: int, slices: int, *, scat
     kind, out = match["kind"], match["out"]
     groups = _groups(line, devices)
     size = max(map(len, groups))
-    arrays = [(dtype, dims) for dtype, dims in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", re.sub(r"\{[^{}]*\}", "", out))) if dtype in _BYTES]
+    arrays = _arrays(out)
     if match["start"]:  # (what goes in, what comes out, and handles)
         arrays = [a for a in arrays if a != ("u32", "")]
         arrays = arrays[len(arrays) // 2 :]
-    total = sum(_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in arrays)
+    total = _size(arrays)
     others = (size - 1) / size if size > 1 else 0.0
     moved = {
         "all-gather": total * others,
@@ -77,6 +80,25 @@ def _collective(match, line: str, times: int, devices: int, slices: int, *, scat
     across = any(len({d // per_slice for d in group}) > 1 for group in groups)
     named = re.search(r'op_name="([^"]*)"', line)
     return Collective(kind, moved, times, size, across, tuple(sorted({d for d, _ in arrays})), named[1] if named else "")
+
+
+def _between(match, line: str, times: int, slices: int) -> Collective:
+    """What hosts exchange for a device: a sum of its part over the slices, there and back; or the parts of the others."""
+    kind = match["kind"].lower().replace("_", "-")
+    arrays = [a for a in _arrays(match["out"]) if a != ("u32", "")]
+    moved = _size(arrays) * (slices - 1) * (2 / slices if kind == "all-reduce" else 1)
+    named = re.search(r'op_name="([^"]*)"', line)
+    return Collective(kind, moved, times, slices, True, tuple(sorted({d for d, _ in arrays})), named[1] if named else "")
+
+
+def _arrays(out: str) -> list[tuple[str, str]]:
+    """(dtype, dims) of each array in an operation's result."""
+    plain = re.sub(r"/\*.*?\*/", "", re.sub(r"\{[^{}]*\}", "", out))
+    return [(dtype, dims) for dtype, dims in _ARRAY.findall(plain) if dtype in _BYTES]
+
+
+def _size(arrays: list[tuple[str, str]]) -> float:
+    return float(sum(_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in arrays))
 
 
 def _groups(line: str, devices: int) -> list[list[int]]:
