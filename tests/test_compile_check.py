@@ -8,7 +8,7 @@ import pytest
 
 from vla_jax import cli, config, hardware
 from vla_jax.hardware import GIB
-from vla_jax.train import collectives, compile_check, roofline
+from vla_jax.train import collectives, compile_check, fitting, roofline
 from vla_jax.types import UserError
 
 DIAL = "configs/oxe_3b.py:size={},chips={}"
@@ -24,7 +24,7 @@ def libtpu():
     return pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def quick():
     """The compiler at its quickest: a third of the time, and up to a fifth less memory than it says at its best (docs/log.md)."""
     jax.config.update("jax_optimization_level", "O0")
@@ -38,22 +38,23 @@ def small(chips, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "chips, topology", [("v5e-4", "v5e:2x2"), ("v5p-4", "v5p:2x2x1"), ("v6e-4", "v6e:2x2"), ("tpu7x-2", "tpu7x:2x1x1")]
+    "chips, topology", [("v5e-4", "v5e:2x2"), ("v5p-4", "v5p:2x2x1"), ("v6e-4", "v6e:2x2"), ("tpu7x-4", "tpu7x:2x2x1")]
 )
 def test_a_small_run(libtpu, chips, topology):
     """Everything that the report promises, and the numbers that can be had another way."""
     c = small(chips, "pack.rows=8")
-    r = compile_check.run(c, topology, quick=True, say=lambda line: None)
-    assert r["fits"] and r["devices"] == r["chips"] == 4 and r["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    r = fitting.run(c, topology, quick=True, say=lambda line: None)
+    n = 8 if "7x" in chips else 4  # two devices a chip
+    assert r["fits"] and r["chips"] == 4 and r["devices"] == n and r["mesh"] == {"data": 1, "fsdp": n, "tensor": 1}
     m = r["memory"]
-    # float32 parameters, and two moments of each: divided by four but for norms and biases
-    assert r["parameters"] * 4 / 4 <= m["parameters"] < 1.05 * r["parameters"]
+    # float32 parameters, and two moments of each: divided but for norms and biases
+    assert r["parameters"] * 4 / n <= m["parameters"] < 1.1 * r["parameters"] * 4 / n
     assert m["optimizer"] == pytest.approx(2 * m["parameters"], rel=1e-3)
     assert m["total"] == pytest.approx(m["state"] + m["batch"] + m["activations"]) and 0 < m["activations"] < m["hbm"]
     assert r["flops"]["hardware"] > r["flops"]["model"] > 0
     sent = {kind: sum(two) for kind, two in r["collectives"].items()}
-    # each device lacks three quarters of the weights, in bfloat16: forward, backward, and the gradient's way back
-    least = 0.75 * 2 * (r["parameters"] - 8192 * 128)
+    # each device lacks most of the weights, in bfloat16: forward, backward, and the gradient's way back
+    least = (1 - 1 / n) * 2 * (r["parameters"] - 8192 * 128)
     assert 2.5 * least < sum(sent.values()) < 8 * least, (sent, least)
     assert all(far == 0 for _, far in r["collectives"].values())
     assert r["step_s"] >= r["roofline_s"] > 0 and 0 < r["mfu"] < r["hfu"] < 1
@@ -67,7 +68,7 @@ def test_a_small_run(libtpu, chips, topology):
 @pytest.mark.slow
 def test_two_slices_send_gradients_between_them_and_nothing_else(libtpu):
     c = small("v5e-8", "pack.rows=16", "mesh.data=2", "mesh.fsdp=4")
-    r = compile_check.run(c, "v5e:2x2", slices=2, quick=True, say=lambda line: None)
+    r = fitting.run(c, "v5e:2x2", slices=2, quick=True, say=lambda line: None)
     near, far = (sum(two[i] for two in r["collectives"].values()) for i in (0, 1))
     # a device's part of the gradient goes there and comes back, in two bytes or in four, and what is narrow is filled up to 128
     part = r["parameters"] / 4
@@ -109,7 +110,7 @@ def test_the_largest_batch_is_the_largest(libtpu):
     c = small("v5e-4", "pack.rows=4", "model.preset=100m", "model.remat=none", "model.vocab=65536", "pack.length=1024")
     said = []
     plan = compile_check.Plan.make(c, "v5e:2x2")
-    most = compile_check.largest_rows(plan, compile_check.compiled(plan), said.append)
+    most = fitting.largest_rows(plan, compile_check.compiled(plan), said.append)
     assert most % 4 == 0 and most >= 8
     tried = {int(line.split()[0]): "does not" not in line for line in said}
     assert tried[most] and not tried[most + 4], said
@@ -118,9 +119,10 @@ def test_the_largest_batch_is_the_largest(libtpu):
 @pytest.mark.slow
 @pytest.mark.parametrize("size, chips, topology", [("300m", "v5e-4", "v5e:2x2"), ("1b", "v5e-16", "v5e:4x4"), ("3b", "v5e-16", "v5e:4x4")])
 def test_the_dial_fits_where_it_says(libtpu, size, chips, topology):
-    """As written, on the smallest topologies it is meant for: larger ones leave more room on each chip."""
-    r = compile_check.run(load(DIAL.format(size, chips)), topology, quick=True, say=lambda line: None)
-    assert r["fits"] and r["memory"]["total"] < 0.8 * r["memory"]["hbm"] and r["mfu"] > 0.4 and not r["replicated"]
+    """As written, on the smallest topologies it is meant for: larger ones leave more room on each chip. By the compiler at its best."""
+    jax.config.update("jax_optimization_level", "UNKNOWN")
+    r = fitting.run(load(DIAL.format(size, chips)), topology, quick=True, say=lambda line: None)
+    assert r["fits"] and r["memory"]["total"] < 0.9 * r["memory"]["hbm"] and r["mfu"] > 0.4 and not r["replicated"]
 
 
 @pytest.mark.parametrize("size", ["300m", "1b", "3b"])

@@ -140,7 +140,7 @@ def _import(args) -> int:
 
 def _compile_check(args) -> int:
     from vla_jax.bench.run import stamp
-    from vla_jax.train import compile_check, roofline
+    from vla_jax.train import fitting, roofline
 
     if args.plot:
         from vla_jax import report
@@ -148,7 +148,7 @@ def _compile_check(args) -> int:
         if not args.out:
             raise UserError("--plot draws what --out has gathered: give --out FILE, too")
         report.check_picture(args.plot)
-    made = compile_check.run(args.config, args.topology, slices=args.slices, where=args.config_spec, quick=args.quick)
+    made = fitting.run(args.config, args.topology, slices=args.slices, where=args.config_spec, quick=args.quick)
     print(roofline.table(made))
     if args.out:
         with open(args.out, "a") as f:

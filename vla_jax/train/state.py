@@ -67,7 +67,8 @@ def shardings(cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, with_em
 
 def started_again(state: TrainState) -> TrainState:
     """A restored state whose skipped steps are forgiven: train.max_skips counts from here."""
-    return dataclasses.replace(state, tally=state.tally | {"in_a_row": jax.jit(jnp.zeros_like)(state.tally["in_a_row"])})
+    row = state.tally["in_a_row"]
+    return dataclasses.replace(state, tally=state.tally | {"in_a_row": jax.jit(jnp.zeros_like, out_shardings=row.sharding)(row)})
 
 
 def convert(source: str, kind: str, out: str, *, preset: str, image_size: int, vocab: int = 0, more: str = "", more_kind: str = "") -> dict:
