@@ -161,7 +161,11 @@ def scaling_picture(reports: list[dict], out: Path) -> Path:
         line(axes[2], near)
         if any(far):
             line(axes[2], far, "^--", f"{name}: from other slices")
-    axes[0].set(title="predicted rate, rows a chip as they are", ylabel="samples/s a chip", ylim=(0, None))
+    axes[0].set(
+        title="predicted rate, rows a chip as they are",
+        ylabel="samples/s a chip",
+        ylim=(0, 1.2 * max(r["samples_per_s"] / r["chips"] for r in fit)),
+    )
     axes[1].set(title="memory (dotted: parameters and optimizer)", ylabel="share of HBM", ylim=(0, 1.02))
     axes[2].set(title="received by a chip in a step", ylabel="GiB", ylim=(0, None))
     every = sorted({r["chips"] for r in fit})
