@@ -37,9 +37,7 @@ def small(chips, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "chips, topology", [("v5e-4", "v5e:2x2"), ("v5p-4", "v5p:2x2x1"), ("v6e-4", "v6e:2x2"), ("tpu7x-4", "tpu7x:2x2x1")]
-)
+@pytest.mark.parametrize("chips, topology", [("v5e-4", "v5e:2x2"), ("v5p-4", "v5p:2x2x1"), ("v6e-4", "v6e:2x2")])
 def test_a_small_run(libtpu, chips, topology):
     """Everything that the report promises, and the numbers that can be had another way."""
     c = small(chips, "pack.rows=8")
@@ -183,6 +181,15 @@ def test_a_report_without_a_compiler(libtpu):
     nothing = r | {"fits": False, "why": "too large"}
     assert "take more chips" in roofline.advice(nothing)
     assert "alone take" in roofline.advice(nothing | {"memory": m | {"state": m["hbm"]}})
+
+
+def test_7x_is_refused_where_its_compiler_would_crash(libtpu, monkeypatch):
+    import resource
+
+    plan = compile_check.Plan.make(small("tpu7x-4", "pack.rows=8"), "tpu7x:2x2x1")
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (8 << 20, resource.RLIM_INFINITY))
+    with pytest.raises(UserError, match="ulimit -s unlimited"):
+        compile_check.compiled(plan)
 
 
 def test_more_cameras_than_a_row_has_images_are_refused(libtpu):

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import re
-import threading
 import time
 
 import jax
@@ -30,7 +29,6 @@ from vla_jax.types import Batch, UserError
 _ACTION_TOKENS = 4  # of a chunk, for each dimension: what FAST needs for one second (docs/tokens.md)
 _PROMPT = 48  # tokens of a description and a task
 _FULL = 0.95  # of a packed row
-_STACK = 1 << 30  # bytes of address space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +172,7 @@ class Compiled:
 
 def compiled(plan: Plan) -> Compiled:
     """Raises: what the compiler raises, except for lack of memory."""
+    _check_stack(plan.chip)
     before = time.perf_counter()
     abstract, where = plan.state()
     given = jax.tree.map(shape_of, abstract, where)
@@ -182,7 +181,7 @@ def compiled(plan: Plan) -> Compiled:
     with jax.set_mesh(plan.mesh):
         lowered = made.lower(given, batch)
         try:
-            done = _with_room(lowered.compile)
+            done = lowered.compile()
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
@@ -199,26 +198,14 @@ def compiled(plan: Plan) -> Compiled:
     return Compiled(float(temp), float(host), "" if error else done.as_text(), time.perf_counter() - before, error)
 
 
-def _with_room(call):
-    """call() on a thread with a large stack, which the compiler for 7x needs and does not check for. Raises: what it raises."""
-    got: list = []
+def _check_stack(chip: Chip) -> None:
+    """The compiler for 7x needs more stack than is usual, and ends the whole process without it. Raises: UserError."""
+    import resource
 
-    def run() -> None:
-        try:
-            got.append(call())
-        except BaseException as e:
-            got.append(e)
-
-    before = threading.stack_size(_STACK)
-    try:
-        thread = threading.Thread(target=run, name="compile")
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    thread.join()
-    if isinstance(got[0], BaseException):
-        raise got[0]
-    return got[0]
+    if chip.name == "tpu7x" and resource.getrlimit(resource.RLIMIT_STACK)[0] != resource.RLIM_INFINITY:
+        raise UserError(
+            "the compiler for tpu7x overflows a stack of the usual size: say `ulimit -s unlimited` in this shell first, and again."
+        )
 
 
 def state_bytes(abstract, where) -> dict[str, float]:
