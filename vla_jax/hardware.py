@@ -12,9 +12,9 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one JAX device, of which a chip has `cores` (one, but for 7x). peak: bfloat16 FLOP/s of matrix products; hbm_bytes, hbm_rate: size and bytes/s of its memory; link: bytes/s one way to a
-    neighbour, of which there are two along each of `torus` dimensions; dcn: bytes/s one way to other slices, a device's share of its
-    host's network; slice: chips of the largest slice."""
+    """Of one JAX device, of which a chip has `cores` (one, but for 7x). peak: bfloat16 FLOP/s of matrix products; hbm_bytes, hbm_rate: size
+    and bytes/s of its memory; link: bytes/s one way to a neighbour, of which there are two along each of `torus` dimensions; dcn: bytes/s
+    one way to other slices, a device's share of its host's network; slice: chips of the largest slice."""
 
     name: str
     kinds: tuple[str, ...]  # jax.Device.device_kind

@@ -36,7 +36,8 @@ def read(text: str, devices: int, slices: int = 1) -> list[Collective]:
     """The collectives in a compiled program's text (jax.stages.Compiled.as_text), of so many devices, those of a slice in a row.
 
     A collective that the compiler has split into steps beside other work (asynchronous fusions) stands there several times under one
-    channel, and counts once. What crosses slices is sent through the host: an operation `send` that says which collective it is. The TPU's reduce-scatters are fusions of that name around an all-reduce, and count as what they are.
+    channel, and counts once. What crosses slices is sent through the host: an operation `send` that says which collective it is. The
+    TPU's reduce-scatters are fusions of that name around an all-reduce, and count as what they are.
     """
     bodies, entry = _computations(text)
     times = _multiplicity(bodies, entry)

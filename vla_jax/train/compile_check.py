@@ -6,6 +6,7 @@ Nothing is read but the config and the cards that it names: no data, no weights,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -19,7 +20,7 @@ from vla_jax import hardware, sharding, tree
 from vla_jax.config import Config
 from vla_jax.data import mixture, sample
 from vla_jax.hardware import GIB, Chip
-from vla_jax.models import attention, flops, vla
+from vla_jax.models import attention, flops, presets, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.sharding import RULES
 from vla_jax.tokens import files, text
@@ -130,7 +131,7 @@ class Plan:
         sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
         mesh = sharding.make_mesh(*sizes, devices=devices(topology, slices), where=where)
         sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
-        found = shapes(config, _patches(config))
+        found = shapes(config, presets.tokens_per_image(config.model.preset, config.data.image_size))
         cfg = state.model_config(config, vocab=found.vocab, state_dim=found.state)
         with jax.set_mesh(mesh):
             attention.check(cfg)
@@ -143,19 +144,27 @@ class Plan:
         cfg = state.model_config(config, vocab=self.found.vocab, state_dim=self.found.state)
         return dataclasses.replace(self, config=config, cfg=cfg, mesh=mesh)
 
-    def state(self, mesh=None):
+    def state_on(self, mesh):
         """(abstract TrainState, its shardings)."""
-        return state.shardings(self.cfg, optim.make(self.config.train), mesh or self.mesh, with_ema=self.config.train.ema > 0)
+        return state.shardings(self.cfg, optim.make(self.config.train), mesh, with_ema=self.config.train.ema > 0)
+
+    @functools.cached_property
+    def state(self):
+        """The same on the plan's own mesh."""
+        return self.state_on(self.mesh)
+
+    @functools.cached_property
+    def batch(self) -> Batch:
+        return abstract_batch(self.config, self.found, self.mesh)
+
+    @functools.cached_property
+    def kept(self) -> dict[str, float]:
+        """{parameters, optimizer, ema, batch}: bytes on one device before and after a step."""
+        return state_bytes(*self.state) | {"batch": _bytes(self.batch, jax.tree.map(lambda x: x.sharding, self.batch))}
 
     def step(self, cfg: VLAConfig | None = None):
-        tx, where = optim.make(self.config.train), self.state()[1]
+        tx, where = optim.make(self.config.train), self.state[1]
         return step.make_train_step(self.config, cfg or self.cfg, tx, self.mesh, where, datasets=self.found.datasets)
-
-
-def _patches(config: Config) -> int:
-    from vla_jax.models import presets
-
-    return presets.tokens_per_image(config.model.preset, config.data.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +183,10 @@ def compiled(plan: Plan) -> Compiled:
     """Raises: what the compiler raises, except for lack of memory."""
     _check_stack(plan.chip)
     before = time.perf_counter()
-    abstract, where = plan.state()
-    given = jax.tree.map(shape_of, abstract, where)
-    batch = abstract_batch(plan.config, plan.found, plan.mesh)
+    given = jax.tree.map(shape_of, *plan.state)
     made = plan.step()  # before the mesh is set: nothing can be computed on devices that are not there
     with jax.set_mesh(plan.mesh):
-        lowered = made.lower(given, batch)
+        lowered = made.lower(given, plan.batch)
         try:
             done = lowered.compile()
         except jax.errors.JaxRuntimeError as e:
@@ -192,7 +199,7 @@ def compiled(plan: Plan) -> Compiled:
     m = done.memory_analysis()
     temp = m.temp_size_in_bytes + max(m.output_size_in_bytes - m.alias_size_in_bytes, 0) + m.generated_code_size_in_bytes
     host = m.host_temp_size_in_bytes + m.host_argument_size_in_bytes
-    total, error = temp + sum(state_bytes(abstract, where).values()), ""
+    total, error = temp + sum(plan.kept.values()), ""
     if total > plan.chip.hbm_bytes:
         error = f"state and buffers together are {total / GIB:.2f} GiB, and there are {plan.chip.hbm_bytes / GIB:.2f}"
     return Compiled(float(temp), float(host), "" if error else done.as_text(), time.perf_counter() - before, error)
@@ -210,38 +217,41 @@ def _check_stack(chip: Chip) -> None:
 
 def state_bytes(abstract, where) -> dict[str, float]:
     """{parameters, optimizer, ema}: bytes on one chip."""
-    size = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    total = lambda a, w: float(sum(map(size, jax.tree.leaves(a), jax.tree.leaves(w))))
     parts = {"parameters": "params", "optimizer": "opt_state", "ema": "ema"}
-    return {kind: total(getattr(abstract, field), getattr(where, field)) for kind, field in parts.items()}
+    return {kind: _bytes(getattr(abstract, field), getattr(where, field)) for kind, field in parts.items()}
+
+
+def _bytes(abstract, where) -> float:
+    """Of a tree of arrays, on one device."""
+    size = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return float(sum(map(size, jax.tree.leaves(abstract), jax.tree.leaves(where))))
 
 
 def replicated(plan: Plan) -> list[dict]:
-    """The leaves that a mesh axis of their rule does not divide, with what that costs on each chip (parameter, moments and EMA)."""
-    shapes = tree.flatten(jax.eval_shape(lambda: vla.init(plan.cfg, jax.random.key(0))))
-    copies = sum(state_bytes(*plan.state()).values()) / state_bytes(*plan.state())["parameters"]
+    """The leaves that a mesh axis of their rule does not divide, with what that costs on each device (parameter, moments and EMA)."""
+    shapes = tree.flatten(plan.state[0].params)
+    state = state_bytes(*plan.state)
+    copies = sum(state.values()) / state["parameters"]
     table, sizes, out = dict(RULES.table), dict(plan.mesh.shape), []
     for path, axes in tree.flatten(vla.logical_axes(plan.cfg)).items():
-        shape, spec = shapes[path].shape, RULES.spec(axes, shapes[path].shape, plan.mesh)
-        for axis, got in zip(axes, spec):
-            for over in table.get(axis, ()):
-                used = (got,) if isinstance(got, str) else got or ()
-                if sizes[over] > 1 and over not in used and not any(over in ((s,) if isinstance(s, str) else s or ()) for s in spec):
-                    whole = math.prod(shape) * 4 * copies
-                    divided = math.prod(sizes[a] for s in spec for a in ((s,) if isinstance(s, str) else s or ()))
-                    cost = whole / divided * (1 - 1 / sizes[over])
-                    out.append({"path": path, "shape": list(shape), "axis": over, "ways": sizes[over], "bytes": cost})
+        shape = shapes[path].shape
+        spec = RULES.spec(axes, shape, plan.mesh)
+        over = {a for s in spec for a in ((s,) if isinstance(s, str) else s or ())}
+        each = math.prod(shape) * 4 * copies / math.prod(sizes[a] for a in over)
+        for axis in {a for name in axes for a in table.get(name, ()) if sizes[a] > 1} - over:
+            found = {"path": path, "shape": list(shape), "axis": axis, "ways": sizes[axis]}
+            out.append(found | {"bytes": each * (1 - 1 / sizes[axis])})
     return sorted((x for x in out if x["bytes"] > 1 << 20), key=lambda x: -x["bytes"])
 
 
 def better_mesh(plan: Plan) -> dict | None:
     """The division of the same chips into data and fsdp with the least state on each, where that is a tenth less than now, or more."""
     sizes = dict(plan.mesh.shape)
-    now, n = sum(state_bytes(*plan.state()).values()), sizes["data"] * sizes["fsdp"]
+    now, n = sum(state_bytes(*plan.state).values()), sizes["data"] * sizes["fsdp"]
     best = None
     for fsdp in (f for f in range(n, 0, -1) if n % f == 0 and (n // f) % plan.slices == 0):
         mesh = AbstractMesh((n // fsdp, fsdp, sizes["tensor"]), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-        total = sum(state_bytes(*plan.state(mesh)).values())
+        total = sum(state_bytes(*plan.state_on(mesh)).values())
         if best is None or total < best["state_bytes"]:
             best = {"data": n // fsdp, "fsdp": fsdp, "tensor": sizes["tensor"], "state_bytes": total}
     return best if best and best["state_bytes"] < 0.9 * now else None
@@ -250,13 +260,9 @@ def better_mesh(plan: Plan) -> dict | None:
 def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
     """Everything about a compiled plan, as JSON; roofline.table shows it."""
     config, cfg, count = plan.config, plan.cfg, plan.mesh.size
-    abstract, places = plan.state()
-    batch = abstract_batch(config, plan.found, plan.mesh)
-    memory = state_bytes(abstract, places)
-    kept = sum(memory.values())
-    batch_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(batch))
-    memory |= {"state": kept, "batch": float(batch_bytes), "activations": done.temp, "host": done.host, "hbm": plan.chip.hbm_bytes}
-    memory["total"] = kept + batch_bytes + done.temp
+    abstract, kept = plan.state[0], sum(state_bytes(*plan.state).values())
+    memory = plan.kept | {"state": kept, "activations": done.temp, "host": done.host, "hbm": plan.chip.hbm_bytes}
+    memory["total"] = sum(plan.kept.values()) + done.temp
     fits, lost = not done.error, replicated(plan)
     pack = config.pack
     slots = flops.slots(
@@ -269,7 +275,7 @@ def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
         steps=plan.found.chunk,
     )
     model = flops.model(cfg, slots)
-    hard = flops.traced(plan.step(dataclasses.replace(cfg, attention="xla")), abstract, batch)
+    hard = flops.traced(plan.step(dataclasses.replace(cfg, attention="xla")), abstract, plan.batch)
     sent = collectives.read(done.text, count, plan.slices) if fits else []
     by_kind = {
         k: [sum(c.bytes * c.times for c in sent if c.kind == k and c.across == far) for far in (False, True)] for k in collectives.KINDS
@@ -277,7 +283,7 @@ def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
     by_kind = {k: v for k, v in by_kind.items() if sum(v)}
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
     weights = parameters * jnp.dtype(cfg.dtype).itemsize / plan.mesh.shape["tensor"]
-    passes = config.train.accumulate * (3 if cfg.remat == "none" else 4)  # forward, again, backward, and the gradient
+    passes = config.train.accumulate * (3 if cfg.remat in ("none", "dots") else 4)  # forward, again, backward, gradient
     far = sum(v[1] for v in by_kind.values())
     one = roofline.Step(model, hard, count, kept, weights, passes, sum(v[0] for v in by_kind.values()), far)
     bound, seconds = one.seconds(plan.chip)

@@ -16,12 +16,13 @@ from vla_jax.data.stream import Stream
 from vla_jax.models import vla
 from vla_jax.models.act import Actor, Request
 from vla_jax.models.presets import VLAConfig
+from vla_jax.train import optim, state, step
 from vla_jax.types import UserError
 
 
 def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[str, dict]:
     """Everything about the newest checkpoint of a run: {dataset: {nll, accuracy, targets, mae, baseline, valid}}."""
-    from vla_jax.train import checkpoint, loop, optim, state, step  # loop imports this module
+    from vla_jax.train import checkpoint, loop  # loop imports this module
 
     if not (Path(workdir).expanduser() / "checkpoints").is_dir():  # first: opening a run makes its folder
         raise UserError(f"{workdir} holds no run: there is no folder checkpoints/ in it. Give the --workdir of a training run.")
@@ -61,8 +62,6 @@ class Evaluation:
     """What a run measures of itself on held-out episodes while it trains."""
 
     def __init__(self, source: Source, cfg: VLAConfig, mesh, where):
-        from vla_jax.train import step
-
         self._config, self._cfg, self._mesh = source.config, cfg, mesh
         self._held_out = source.held_out() if source.config.data.holdout > 0 else None
         self._step = step.make_eval_step(source.config, cfg, mesh, where, datasets=len(source.names))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from vla_jax import sharding
 from vla_jax.config import Config
 from vla_jax.hardware import GIB
-from vla_jax.train.compile_check import Compiled, Plan, better_mesh, compiled, report, state_bytes
+from vla_jax.train.compile_check import Compiled, Plan, better_mesh, compiled, report
 from vla_jax.types import UserError
 
 
@@ -19,7 +19,7 @@ def largest_rows(plan: Plan, done: Compiled, say: Callable[[str], None]) -> int:
     memory, taken as a straight line through what is known, says."""
     unit = _unit(plan)
     units = plan.config.pack.rows // unit
-    room = plan.chip.hbm_bytes - sum(state_bytes(*plan.state()).values())
+    room = plan.chip.hbm_bytes - sum(plan.kept.values())
     known = {units: done}
     fits = lambda n: not known[n].error
 
@@ -47,7 +47,7 @@ def _unit(plan: Plan) -> int:
 
 def _told(plan: Plan, done: Compiled) -> str:
     """For the progress line."""
-    total = (done.temp + sum(state_bytes(*plan.state()).values())) / GIB
+    total = (done.temp + sum(plan.kept.values())) / GIB
     return f"{'does not fit' if done.error else 'fits'}, {total:.2f} of {plan.chip.hbm_bytes / GIB:.2f} GiB ({done.seconds:.0f} s)"
 
 
@@ -107,7 +107,7 @@ def run(config: Config, topology: str, *, slices: int = 1, where: str = "config"
     """
     say = say or (lambda line: print(f"compile-check: {line}", file=sys.stderr, flush=True))
     plan = Plan.make(config, topology, slices, where=where)
-    say(f"compiling for {plan.mesh.size} chips of {topology}{f' in {slices} slices' if slices > 1 else ''}")
+    say(f"compiling for {plan.mesh.size} devices of {topology}{f' in {slices} slices' if slices > 1 else ''}")
     done = compiled(plan)
     say(_told(plan, done))
     made = report(plan, done, where=where)

@@ -6,10 +6,9 @@ them. What travels are the hidden states of the targets, megabytes, and not the 
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from vla_jax.models.layers import cap
 from vla_jax.sharding import RULES, constrain, divides
@@ -17,14 +16,11 @@ from vla_jax.sharding import RULES, constrain, divides
 LOGITS = 1 << 28  # that exist at one time on a device: 1 GiB in float32
 
 
-def _chunk(rows: int, targets: int, vocab: int) -> int:
-    """Positions of each row whose logits exist at one time: as even parts of `targets` as LOGITS allows."""
+def _chunk(rows: int, targets: int, vocab: int, axes: tuple[str, str]) -> int:
+    """Positions of each row whose logits exist at one time: as even parts of `targets` as LOGITS allows. axes: of rows and vocabulary."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        sizes = dict(mesh.shape)
-        ways = lambda over: math.prod(sizes[a] for a in ((over,) if isinstance(over, str) else over or ()))
-        axes = ("replica", "logits") if divides("logits", vocab) else ("batch", "vocab")
-        rows, vocab = (n // ways(RULES.spec((axis,), (n,), mesh)[0]) for axis, n in zip(axes, (rows, vocab)))
+        rows, vocab = NamedSharding(mesh, RULES.spec(axes, (rows, vocab), mesh)).shard_shape((rows, vocab))
     most = max(LOGITS // (rows * vocab), 1)
     return -(-targets // -(-targets // most))
 
@@ -38,12 +34,12 @@ def token_loss(hidden, table, target, weight, *, targets: int, logit_cap: float 
     """
     weight, position = (constrain(x, ("batch", None)) for x in jax.lax.top_k(weight, targets))
     picked = jnp.take_along_axis(hidden, position[..., None], axis=1), jnp.take_along_axis(target, position, axis=1)
-    # picked where the rows are, which is where their gradient returns to
     # where the vocabulary does not divide, each device makes all logits of its own rows
     rows, words = ("replica", "logits") if divides("logits", len(table)) else ("batch", "vocab")
+    # first as the rows lie, which is where the gradient returns to
     h, labels = (constrain(constrain(x, ("batch", None, None)[: x.ndim]), (rows, None, None)[: x.ndim]) for x in picked)
     table = constrain(table.astype(h.dtype), (words, None))
-    size = _chunk(len(h), targets, len(table))
+    size = _chunk(len(h), targets, len(table), (rows, words))
     pad = -targets % size
     split = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
 

@@ -24,9 +24,7 @@ class Meter:
     """
 
     def __init__(self, workdir: Path, productive: float = 0.0):
-        lines = metrics.read(workdir)
-        mine = min((line["time"] for line in lines if "time" in line), default=time.time())
-        self.started = min(distributed.gather_json(mine))  # one clock for all: the first process writes the metrics
+        self.started = distributed.broadcast_json(metrics.began(workdir) or time.time())  # one clock for all
         self.productive = productive
         self._window()
 

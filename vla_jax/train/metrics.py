@@ -90,6 +90,15 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return out
 
 
+def began(workdir: Path) -> float | None:
+    """When the first line of a run was written, in seconds since 1970; None if there is none."""
+    try:
+        with open(workdir / FILE) as lines:
+            return json.loads(next(lines))["time"]
+    except (OSError, ValueError, KeyError, StopIteration):
+        return None
+
+
 def read(workdir: Path) -> list[dict]:
     """The JSON lines of a run, in order; a half-written last line is passed over."""
     out = []

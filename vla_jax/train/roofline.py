@@ -46,7 +46,7 @@ class Step:
 ASSUMPTIONS = (
     f"matrix products at {EFFICIENCY:.0%} of peak while they run, and the largest of compute, memory, ICI and DCN hides the others",
     "ICI: every byte over one ring in both directions, though a torus has two or three; memory: state and gathered weights, no activations",
-    "MFU: " + "matrix products of all slots of the batch, no recomputation; HFU: with it",
+    "MFU: matrix products of all slots of the batch, no recomputation; HFU: with it",
 )
 
 
