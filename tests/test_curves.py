@@ -1,6 +1,6 @@
 """The page of curves: what is drawn is what the files say, whatever they say, and it stays small and well formed."""
 
-import html.parser
+import html
 import json
 import math
 import re
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pages import Parsed
 
 from vla_jax.train import curves, metrics
 from vla_jax.types import UserError
@@ -20,44 +21,12 @@ SECTIONS = ["Loss", *(f"Dataset {name}" for name in SETS), "Norms by group", "Le
 SECTIONS += ["Memory", "Skipped"]
 
 
-class Balanced(html.parser.HTMLParser):
-    """Checks that tags are balanced, and keeps them, their links, and the rows of tables."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.links, self.ids, self.rows = [], [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "xlink:href", "style")]
-        self.ids += [v for k, v in attrs if k == "id"]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
-
-    def handle_data(self, data):
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
-
-
 class Page:
     """figures: the XML of each chart by (section, title); table: the runs' cells by (run, head)."""
 
     def __init__(self, path):
         self.text = path.read_text()
-        self.html = Balanced(self.text)
+        self.html = Parsed(self.text)
         for drawing in re.findall("<svg.*?</svg>", self.text, re.S):
             ET.fromstring(drawing)
         self.figures, self.sections = {}, []
@@ -340,7 +309,9 @@ def test_names_are_escaped(tmp_path):
 
 def test_nothing_is_loaded_and_nothing_runs(tmp_path):
     page = draw(tmp_path, ("a", [*full(1), *full(2)]))
-    assert {x[1:] for x in page.html.links} <= set(page.html.ids) and all(x.startswith("#") for x in page.html.links)
+    assert (
+        {x[1:] for x in page.html.loads} <= set(page.html.ids) and all(x.startswith("#") for x in page.html.loads) and not page.html.styles
+    )
     assert not {"script", "img", "link", "iframe", "object", "use", "image"} & set(page.html.tags)
     assert not re.search(r"https?:|url\(|@import|\son\w+=", page.text) and "default-src 'none'" in page.text
     assert 'name="viewport"' in page.text

@@ -1,7 +1,6 @@
 """`vla-jax data report`: the page is well formed, needs nothing from outside, says what numpy says, and warns of what is wrong."""
 
 import dataclasses
-import html.parser
 import os
 import re
 import shutil
@@ -9,6 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from pages import Parsed
 
 from vla_jax import config
 from vla_jax.cli import main
@@ -17,51 +17,6 @@ from vla_jax.data.mixture import BLOCK
 
 NAMES = ["tabletop_slider", "tabletop_arm", "tabletop_bimanual"]
 CHROMIUM = os.environ.get("VLA_CHROMIUM") or shutil.which("chromium")
-
-
-class Page(html.parser.HTMLParser):
-    """Checks that tags are balanced, and keeps: ids, src and href, text, table rows, and the views with a filmstrip by section."""
-
-    VOID = {"meta", "img", "br"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.ids, self.loads, self.words, self.rows, self.strips, self.cell = [], [], [], [], [], {}, None
-        self.tags = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append(tag)
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.loads += [v for k, v in attrs.items() if k in ("src", "href", "srcset", "data", "action", "poster", "xlink:href")]
-        if tag == "section":
-            self.section = attrs["id"] if "id" in attrs else ""
-        if "data-view" in attrs:
-            self.strips.setdefault(self.section, []).append(attrs["data-view"])
-        if tag == "tr":
-            self.rows.append([])
-        if tag == "td":
-            self.rows[-1].append("")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            assert "url(" not in data and "@import" not in data
-            return
-        self.words.append(data)
-        if "td" in self.open:
-            self.rows[-1][-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +32,7 @@ def made(tmp_path, mix, indexes, holdout=0.1):
     found = report.write(mix, indexes, config.from_dict(c.to_dict(), where="test"), out)
     text = out.read_text()
     assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"base64,[^\"]*", "", text.split("</style>")[1]))
-    return Page(text), found, text
+    return Parsed(text), found, text
 
 
 def changed(ix, folder, **arrays):
@@ -95,7 +50,7 @@ def test_page_of_the_command(tabletop, tmp_path, capsys):
     common = ["data", "report", "tabletop", "--root", str(tabletop), "--index-dir", str(tmp_path / "ix")]
     assert main([*common, "--out", str(out), "--config", "configs/demo.py"]) == 0
     assert "MB" in capsys.readouterr().out and out.stat().st_size < 6e6
-    page = Page(out.read_text())
+    page = Parsed(out.read_text())
     for name in NAMES:
         assert {name, *(f"{name}-{part}" for part in ("episodes", "action", "state", "lengths"))} <= set(page.ids)
         assert page.strips[name] == list(cards.load(name).views) * 3
@@ -279,7 +234,7 @@ def test_no_tokenizer_fits(indexes, tmp_path):
     values = _plain()
     values["tokens"]["action_vocab"] = 2
     found = report.write(mixture.load("tabletop"), indexes, config.from_dict(values, where="t"), tmp_path / "page.html")
-    Page((tmp_path / "page.html").read_text())
+    Parsed((tmp_path / "page.html").read_text())
     assert [w for name, w in found if name == "the action tokenizer" and "vocab" in w]
 
 
