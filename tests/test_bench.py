@@ -13,6 +13,7 @@ from vla_jax.bench import batches, data, data_costs, data_rates, data_sets, toke
 from vla_jax.bench import run as bench
 from vla_jax.data import images
 from vla_jax.tokens import actions
+from vla_jax.train import state
 from vla_jax.types import UserError
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="bench data pins processes to cores")
@@ -247,3 +248,14 @@ def test_refusals(capsys, tmp_path):
         assert said in capsys.readouterr().err, argv
     with pytest.raises(UserError, match="no set gif"):
         next(bench.data(str(tmp_path), repeats=1, sets=("gif",), cores=(1,)))
+
+
+def test_variants_share_one_state(monkeypatch):
+    """Two of the same model are in memory once; another optimizer's is its own."""
+    made = []
+    real = state.create
+    monkeypatch.setattr(state, "create", lambda *a, **k: (made.append(1), real(*a, **k))[1])
+    c = config.load("configs/oxe_3b.py:size=3b,chips=h200-1", [x.removeprefix("--config.") for x in MADE_UP[1:]])[0]
+    beside = ("full_loss", "model.remat=none", "train.optimizer=adafactor")
+    lines = list(bench.step(c, repeats=1, batch="padded", beside=beside))
+    assert len(made) == 2 and [x["optimizer"] for x in lines] == ["adamw"] * 3 + ["adafactor"]

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +24,14 @@ def run(
 
     batch: `data` (the first batch of the config's data) or a kind of bench.batches. beside: `full_loss` (logits at every position),
     `padded` (with batch=packed: the same samples, each in a row of three cameras), or a `group.key=value` of the config. parts: also the
-    time of encoder, decoder, loss and optimizer, each compiled by itself. Raises: UserError.
+    time of encoder, decoder, loss and optimizer, each compiled by itself. Variants of one model and optimizer train the same state, which
+    is in memory once. Raises: UserError.
     """
-    measured = [_Step(config, where, batch, "")]
-    measured += [_Step(*_changed(config, batch, what), what) for what in beside]
+    base = _Step(_rows(config, batch), where, batch, "")
+    measured = [base, *(_Step(*_changed(config, batch, what), what, base) for what in beside)]
     for _ in range(repeats + 1):
         for one in measured:
             one.once()
-    base = measured[0]
     for one in measured:
         line = one.line()
         if one is not base:
@@ -41,19 +42,30 @@ def run(
         yield line
 
 
+def _rows(config: Config, batch: str) -> Config:
+    """The config with rows as the batch has them. Raises: UserError."""
+    from vla_jax.bench import batches
+    from vla_jax.models import presets
+
+    if batch == "data":
+        return config
+    return batches.shaped(config, batch, presets.tokens_per_image(config.model.preset, config.data.image_size))
+
+
 def _changed(config: Config, batch: str, what: str) -> tuple[Config, str, str]:
-    if what == "full_loss":
-        config = dataclasses.replace(config, pack=dataclasses.replace(config.pack, targets=config.pack.length))
-        return config, "every position has logits", batch
+    """(config, what its line says, kind of batch) of a variant."""
     if what in ("padded", "packed", "full"):
-        return config, f"rows {what}", what
+        return _rows(config, what), f"rows {what}", what
+    if what == "full_loss":
+        config = _rows(config, batch)
+        return dataclasses.replace(config, pack=dataclasses.replace(config.pack, targets=config.pack.length)), what, batch
     key, _, value = what.partition("=")
     group, _, name = key.partition(".")
     old = getattr(getattr(config, group, None), name, None)
-    if old is None or not value or (group == "pack" and name != "rows" and batch != "data"):
+    if old is None or not value or (group == "pack" and batch != "data"):
         raise UserError(f"--beside {what!r}: full_loss, padded, packed, full, or a setting of the config such as model.remat=full")
     made = dataclasses.replace(getattr(config, group), **{name: _parsed(old, value, what)})
-    return dataclasses.replace(config, **{group: made}), what, batch
+    return _rows(dataclasses.replace(config, **{group: made}), batch), what, batch
 
 
 def _parsed(old, value: str, what: str):
@@ -69,38 +81,36 @@ def _parsed(old, value: str, what: str):
 class _Step:
     """A compiled step with its state and batch."""
 
-    def __init__(self, config: Config, where: str, batch: str, beside: str):
+    def __init__(self, config: Config, where: str, batch: str, beside: str, other: _Step | None = None):
         import jax
 
         from vla_jax import sharding
         from vla_jax.bench import batches
         from vla_jax.data import feed
-        from vla_jax.models import flops, presets
+        from vla_jax.models import flops
         from vla_jax.train import compile_check, loop, optim, state, step
 
         self.where, self.kind, self.beside, black = where, batch, beside, 0
         if batch == "data":
             from vla_jax.data.stream import Stream
 
-            ready = loop.prepare(config, Path(".") if config.tokens.action_path else _scratch(), where=where)
+            with tempfile.TemporaryDirectory(prefix="vla-jax-bench-") as scratch:  # for a tokenizer that is fitted
+                ready = loop.prepare(config, scratch, where=where)
             self.mesh, self.cfg, datasets = ready.mesh, ready.cfg, len(ready.source.names)
             with Stream(ready.source) as stream:
                 made = next(stream)[0]
         else:
-            patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
-            full_loss = config.pack.targets == config.pack.length
-            config = batches.shaped(config, batch, patches)
-            if full_loss:
-                config = dataclasses.replace(config, pack=dataclasses.replace(config.pack, targets=config.pack.length))
             self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
             sharding.check_batch(config.pack.rows, self.mesh, parts=config.train.accumulate, where=where)
             self.cfg, datasets = state.model_config(config, vocab=config.model.vocab or 1024, state_dim=1), 1
-            made = batches.make(config, batch, patches=patches, vocab=self.cfg.vocab)
-            black = batches.black(made, patches)
+            made = batches.make(config, batch, patches=self.cfg.tokens_per_image, vocab=self.cfg.vocab)
+            black = batches.black(made, self.cfg.tokens_per_image)
         self.config, self.tx = config, optim.make(config.train)
         ema = config.train.ema > 0
         abstract, self.place = state.shardings(self.cfg, self.tx, self.mesh, with_ema=ema)
-        self.state = state.create(self.cfg, self.tx, self.mesh, seed=0, with_ema=ema)
+        described = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        same = other and other.mesh == self.mesh and described(abstract) == described(other.held[0])
+        self.held = other.held if same else [state.create(self.cfg, self.tx, self.mesh, seed=0, with_ema=ema)]
         train_step = step.make_train_step(config, self.cfg, self.tx, self.mesh, self.place, datasets=datasets)
         self.work = {
             k: int(v) for k, v in jax.device_get(jax.jit(step.work)(dataclasses.replace(made, sample_id=None, change=None))).items()
@@ -124,7 +134,7 @@ class _Step:
         }
         with jax.set_mesh(self.mesh):
             before = time.perf_counter()
-            self.step = train_step.lower(self.state, self.batch).compile()
+            self.step = train_step.lower(self.held[0], self.batch).compile()
             self.compile_s = time.perf_counter() - before
         m = self.step.memory_analysis()
         self.needs = (m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes) if m else 0
@@ -138,8 +148,8 @@ class _Step:
 
         with jax.set_mesh(self.mesh):
             before = time.perf_counter()
-            self.state, measured = self.step(self.state, self.batch)
-            jax.block_until_ready((self.state.params, measured))
+            self.held[0], measured = self.step(self.held[0], self.batch)
+            jax.block_until_ready((self.held[0].params, measured))
             self.times.append(time.perf_counter() - before)
         self.ceilings.append(product_rate(self.config.model.dtype, 1))
 
@@ -197,7 +207,7 @@ class _Step:
         from vla_jax.models import vla
         from vla_jax.train import losses
 
-        cfg, b, pack, params = self.cfg, self.batch, self.config.pack, self.state.params
+        cfg, b, pack, params = self.cfg, self.batch, self.config.pack, self.held[0].params
         square = lambda x: jnp.square(x.astype(jnp.float32)).sum()
         shape = (pack.rows, pack.length, cfg.language.width)
         hidden = jax.device_put(jnp.ones(shape, cfg.dtype), jax.sharding.NamedSharding(self.mesh, self.batch.tokens.sharding.spec))
@@ -219,7 +229,7 @@ class _Step:
                     repeats, grad(lambda p, x: square(vla.decode(cfg, p, x, b.segment, b.position, b.block)), 0, 1), params, hidden
                 ),
                 "loss": seconds(repeats, grad(loss, 0, 1), hidden, vla.embedding(params)),
-                "optimizer": seconds(repeats, jax.jit(update), params, self.state.opt_state, params),
+                "optimizer": seconds(repeats, jax.jit(update), params, self.held[0].opt_state, params),
             }
         out = {name: round(s * 1e3, 1) for name, s in out.items()}
         return out | {"rest": round(self.ms() - sum(out.values()), 1)}
@@ -235,9 +245,3 @@ def peer(program: str, arguments: str) -> list[dict]:
     if done.returncode or not lines:
         raise UserError(f"--peer {shlex.join(command)} ended with {done.returncode}: {' '.join(done.stderr.split())[-400:]}")
     return [{"peer": Path(program).name, "arguments": arguments, **line} for line in lines]
-
-
-def _scratch() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix="vla-jax-bench-"))
