@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     args, overrides = _parse(argv)
+    args.argv = argv
     if getattr(args, "takes_config", False):
         args.config_spec = args.config
         args.config, args.origin = config.load(args.config, overrides)

@@ -139,9 +139,12 @@ def _import(args) -> int:
 
 
 def _compile_check(args) -> int:
+    from vla_jax import hardware
     from vla_jax.bench.run import stamp
-    from vla_jax.train import fitting, roofline
+    from vla_jax.train import compile_check, fitting, roofline
 
+    if not compile_check.has_stack(hardware.topology(args.topology)[0]):
+        return _with_stack(args.argv)
     if args.plot:
         from vla_jax import report
 
@@ -158,6 +161,18 @@ def _compile_check(args) -> int:
     if not made["fits"]:
         raise UserError(roofline.advice(made))
     return 0
+
+
+def _with_stack(argv: list[str]) -> int:
+    """This command in a process of its own, without a limit on its stack. Raises: UserError where that may not be."""
+    import resource
+    import subprocess
+
+    if resource.getrlimit(resource.RLIMIT_STACK)[1] != resource.RLIM_INFINITY:
+        raise UserError("the compiler for tpu7x overflows a stack of the usual size, and this system allows no larger one (`ulimit -Hs`).")
+    free = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    command = [sys.executable, "-m", "vla_jax.cli", *argv]
+    return subprocess.run(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, free), check=False).returncode
 
 
 def _config(args) -> int:

@@ -180,8 +180,11 @@ class Compiled:
 
 
 def compiled(plan: Plan) -> Compiled:
-    """Raises: what the compiler raises, except for lack of memory."""
-    _check_stack(plan.chip)
+    """Raises: UserError for lack of stack; what the compiler raises, except for lack of memory."""
+    if not has_stack(plan.chip):
+        raise UserError(
+            f"the compiler for {plan.chip.name} needs more stack than this process has: `ulimit -s unlimited` first, and again."
+        )
     before = time.perf_counter()
     given = jax.tree.map(shape_of, *plan.state)
     made = plan.step()  # before the mesh is set: nothing can be computed on devices that are not there
@@ -205,14 +208,12 @@ def compiled(plan: Plan) -> Compiled:
     return Compiled(float(temp), float(host), "" if error else done.as_text(), time.perf_counter() - before, error)
 
 
-def _check_stack(chip: Chip) -> None:
-    """The compiler for 7x needs more stack than is usual, and ends the whole process without it. Raises: UserError."""
+def has_stack(chip: Chip) -> bool:
+    """Whether this process has the stack that the compiler for a chip needs. That for 7x overflows one of the usual size, and of 64 MiB,
+    which ends the whole process; a process takes its size from its limits when it starts."""
     import resource
 
-    if chip.name == "tpu7x" and resource.getrlimit(resource.RLIMIT_STACK)[0] != resource.RLIM_INFINITY:
-        raise UserError(
-            "the compiler for tpu7x overflows a stack of the usual size: say `ulimit -s unlimited` in this shell first, and again."
-        )
+    return chip.name != "tpu7x" or resource.getrlimit(resource.RLIMIT_STACK)[0] == resource.RLIM_INFINITY
 
 
 def state_bytes(abstract, where) -> dict[str, float]:
