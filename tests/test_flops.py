@@ -53,6 +53,17 @@ def test_formula_and_trace_agree(objective):
     assert did == pytest.approx(flops.model(cfg, work), rel=6e-3)
 
 
+def test_the_experts_part():
+    """What a trace has more with the expert than without: its layers and its attention, a tenth of them; not counted are projections of
+    actions, states and times."""
+    pack = config.Pack(rows=2, length=640, images=2, samples=2, targets=96)
+    (cfg, both), (_, tokens) = traced("100m", "none", pack, objective="both"), traced("100m", "none", pack)
+    own = 2 * 2 * 11
+    parts = flops.expert(cfg.language, cfg.expert, own, own * (640 + 22))
+    assert 0.05 < parts["attention"] / parts["layers"] < 0.2
+    assert both - tokens == pytest.approx(3 * sum(parts.values()), rel=0.03)
+
+
 def test_policies_by_what_they_compute_again():
     pack = config.Pack(rows=1, length=512, images=1, samples=1, targets=64)
     did = {name: traced("100m", name, pack)[1] for name in ("none", "dots", "attention", "full")}
