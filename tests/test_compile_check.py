@@ -283,6 +283,7 @@ def test_leaves_that_an_axis_does_not_divide(libtpu):
     assert lost and all(x["axis"] == "fsdp" and 1152 in x["shape"] for x in lost)
     state = compile_check.state_bytes(*plan.state)
     assert sum(state.values()) / GIB == pytest.approx(4.75, abs=0.15)  # as measured with a stand-in before this was written
-    assert sum(x["bytes"] for x in lost) / GIB == pytest.approx(sum(state.values()) / GIB - 3 * 4 * 2.92e9 / 256 / GIB, rel=0.03)
+    divided = 3 * 4 * 2_923_355_888 / 256  # what the state would take if all of it were divided
+    assert 0.998 < sum(x["bytes"] for x in lost) / (sum(state.values()) - divided) < 1  # leaves below 1 MiB are not named
     assert better["fsdp"] == 128 and better["data"] == 2 or better["fsdp"] == 64
     assert better["state_bytes"] < 0.7 * GIB
