@@ -12,7 +12,7 @@ from vla_jax.config import default
 # again (`vla-jax compile-check`, docs/scaling.md). h200: one was measured at 3B, with remat=full; there no compiler is asked beforehand.
 ROWS = {
     "v5e": {"300m": 12, "1b": 8, "3b": 3},
-    "v6e": {"300m": 32, "1b": 16, "3b": 8},
+    "v6e": {"300m": 32, "1b": 14, "3b": 8},
     "v5p": {"300m": 64, "1b": 32, "3b": 16},
     "tpu7x": {"300m": 64, "1b": 32, "3b": 16},
     "h200": {"300m": 64, "1b": 32, "3b": 16},

@@ -4,7 +4,7 @@
 #   export PROJECT=... ZONE=us-west4-a NAME=vla-64 TPU_TYPE=v5litepod-64 RUNTIME=v2-alpha-tpuv5-lite
 #   launch/tpu_vm.sh create              request the slice and wait until it is there (SPOT=1: preemptible and cheaper)
 #   launch/tpu_vm.sh install             this commit, with its constraints, on every worker
-#   CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=/mnt/bucket/runs/a launch/tpu_vm.sh run
+#   CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=/mnt/bucket/runs/a VLA_DATA_ROOT=gs://BUCKET/oxe launch/tpu_vm.sh run
 #   launch/tpu_vm.sh stop                SIGTERM to the run on every worker: it saves a checkpoint and ends
 #   launch/tpu_vm.sh delete              give the slice back; it costs money until then
 #
@@ -44,7 +44,7 @@ install)
 run)
     : "${CONFIG:?configs/NAME.py}" "${WORKDIR:?a folder on storage that all reach, the same for every worker}"
     # A TPU VM's environment does not say that there are other workers; "auto" has jax ask the metadata server.
-    on_all_workers "$(printf 'CONFIG=%q WORKDIR=%q; ' "$CONFIG" "$WORKDIR")"'cd vla_jax && echo $$ >run.pid &&
+    on_all_workers "$(printf 'CONFIG=%q WORKDIR=%q; export VLA_DATA_ROOT=%q; ' "$CONFIG" "$WORKDIR" "${VLA_DATA_ROOT:-}")"'cd vla_jax && echo $$ >run.pid &&
         export VLA_COORDINATOR=auto PATH="$PWD/.venv/bin:$PATH" && . launch/xla_flags.sh &&
         exec vla-jax train --config="$CONFIG" --workdir="$WORKDIR"'
     ;;

@@ -2,7 +2,7 @@
 # The same as jobset.yaml through xpk, for clusters that xpk made (`pip install xpk`; image from launch/Dockerfile).
 #
 #   CLUSTER=... PROJECT=... ZONE=... IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/vla-jax:TAG \
-#       CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=/mnt/bucket/runs/a launch/xpk.sh [more options of xpk workload create]
+#       CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=/mnt/bucket/runs/a VLA_DATA_ROOT=gs://BUCKET/oxe launch/xpk.sh [more options of xpk workload create]
 #
 # When one host is lost, jax aborts the processes on the others, which xpk takes for a failure of the user's code:
 # hence --restart-on-user-code-failure. It also restarts after exit code 2; jobset.yaml does not.
@@ -15,5 +15,5 @@ exec xpk workload create --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE
     --workload="${NAME:-vla}" --tpu-type="${TPU_TYPE:-v5litepod-64}" --num-slices="${SLICES:-1}" \
     --max-restarts="${VLA_MAX_RESTARTS:-20}" --restart-on-user-code-failure \
     --termination-grace-period-seconds=300 --docker-image="$IMAGE" \
-    --env CONFIG="$CONFIG" --env WORKDIR="$WORKDIR" \
+    --env CONFIG="$CONFIG" --env WORKDIR="$WORKDIR" --env VLA_DATA_ROOT="${VLA_DATA_ROOT:-}" \
     --command='. launch/xla_flags.sh && vla-jax train --config="$CONFIG" --workdir="$WORKDIR"' "$@"

@@ -25,10 +25,12 @@ def train(*more):
     return ("train", "--config=configs/debug.py:bridge", *more)
 
 
-def test_missing_root(capsys, tmp_path):
+def test_missing_root(capsys, tmp_path, monkeypatch):
     text = fails(capsys, *train(f"--config.data.root={tmp_path}/none", f"--workdir={tmp_path}/w"))
     assert f"data root {tmp_path}/none does not exist" in text and "--config.data.root" in text
     assert "data.root is not set" in fails(capsys, *train(f"--workdir={tmp_path}/w"))
+    monkeypatch.setenv("VLA_DATA_ROOT", f"{tmp_path}/nowhere")  # what launchers set, whose line names no data
+    assert "nowhere does not exist" in fails(capsys, *train(f"--workdir={tmp_path}/w"))
 
 
 def test_folder_without_the_dataset(capsys, tmp_path):

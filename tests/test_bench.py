@@ -14,7 +14,7 @@ from vla_jax.bench import run as bench
 from vla_jax.data import images
 from vla_jax.tokens import actions
 from vla_jax.train import state
-from vla_jax.types import UserError
+from vla_jax.types import IMAGE, UserError
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="bench data pins processes to cores")
 
@@ -96,9 +96,22 @@ def test_made_up_batches_hold_what_they_say():
     assert lit(batches.make(batches.shaped(c, "padded", 9), "padded", patches=9, vocab=500)) == 12  # 1, 2, 3, 1, 2, 3 cameras
 
 
+@pytest.mark.parametrize("patches, rows", [(256, 16), (256, 32), (256, 4), (256, 2), (64, 16), (9, 8)])
+def test_packed_holds_no_easier_samples_than_padded(patches, rows):
+    """As many of one camera as of two and of three, whatever fills rows best; and rows that are full all the same."""
+    c = config.load("configs/debug.py:bridge", ["data.image_size=14", f"pack.rows={rows}"])[0]
+    made = batches.make(batches.shaped(c, "packed", patches), "packed", patches=patches, vocab=64)
+    of = lambda row, sample: int(((made.tokens[row] == IMAGE) & (made.segment[row] == sample)).sum()) // patches
+    images = [of(row, sample) for row in range(rows // 2) for sample in range(1, made.segment[row].max() + 1)]
+    assert len(images) >= 3 and images.count(1) == images.count(2) == images.count(3) == len(images) // 3
+    assert len(images) >= 1.4 * rows or rows < 16
+
+
 def test_a_peer_is_run_and_held_beside_ours(capsys, tmp_path):
     program = tmp_path / "peer.py"
-    program.write_text("import sys, json\nprint('device x')\nprint(json.dumps({'ms': 10.0, 'samples_s': float(sys.argv[2])}))\n")
+    program.write_text(
+        "import sys, json\nprint('device x'); print('{1}'); print('[2]')\nprint(json.dumps({'ms': 10.0, 'samples_s': float(sys.argv[2])}))\n"
+    )
     argv = ["bench", "step", "--repeats=1", *MADE_UP, "--batch=full", f"--peer={program}", "--peer-arguments=--batch 4"]
     assert cli.main(argv) == 0
     ours, theirs = map(json.loads, capsys.readouterr().out.splitlines())

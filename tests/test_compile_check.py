@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from vla_jax import cli, config, hardware, paths
+from vla_jax import cli, config, hardware, paths, sharding
 from vla_jax.hardware import GIB
 from vla_jax.train import collectives, compile_check, fitting, roofline
 from vla_jax.types import UserError
@@ -104,6 +104,34 @@ def test_what_does_not_fit_says_what_would(libtpu, capsys, tmp_path):
     assert rates == sorted(rates, reverse=True) and all(x["report"]["memory"]["total"] < 15.75 * GIB for x in r["remedies"])
 
 
+def test_the_verdict_comes_before_the_picture(monkeypatch, capsys, tmp_path):
+    """A run that does not fit is told so, whatever is to be drawn; a line that was cut off in the file is passed over; a folder that is
+    not there is known before anything is compiled."""
+    from vla_jax import report
+
+    fits = {"fits": True, "preset": "300m", "chip": "v5e", "chips": 4}
+    monkeypatch.setattr(fitting, "run", lambda *a, **k: dict(fits))
+    monkeypatch.setattr(roofline, "table", lambda r: "a table")
+    monkeypatch.setattr(roofline, "advice", lambda r: "take less")
+    drawn = []
+    monkeypatch.setattr(report, "scaling_picture", lambda rows, out: drawn.append(len(rows)))
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"fits": tr\n')
+    argv = [
+        "compile-check",
+        f"--config={DIAL.format('300m', 'v5e-4')}",
+        "--topology=v5e:2x2",
+        f"--out={file}",
+        f"--plot={tmp_path / 'p.svg'}",
+    ]
+    assert cli.main(argv) == 0 and drawn == [1]
+    fits["fits"] = False
+    assert cli.main(argv) == 2 and "take less" in capsys.readouterr().err and drawn == [1]
+    monkeypatch.setattr(fitting, "run", None)
+    assert cli.main([*argv[:3], f"--out={tmp_path / 'none' / 'r.jsonl'}"]) == 2
+    assert cli.main(["compile-check", argv[1], "--topology=v5e:²x2"]) == 2
+
+
 @pytest.mark.slow
 def test_offloaded_inputs_wait_on_the_host(libtpu):
     """The layers' inputs, bfloat16, for every layer of encoder and decoder: on the host instead of on the chip."""
@@ -129,7 +157,16 @@ def test_the_largest_batch_is_the_largest(libtpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, chips, topology", [("300m", "v5e-4", "v5e:2x2"), ("1b", "v5e-16", "v5e:4x4"), ("3b", "v5e-16", "v5e:4x4")])
+@pytest.mark.parametrize(
+    "size, chips, topology",
+    [
+        ("300m", "v5e-4", "v5e:2x2"),
+        ("1b", "v5e-16", "v5e:4x4"),
+        ("3b", "v5e-16", "v5e:4x4"),
+        ("300m", "v6e-4", "v6e:2x2"),
+        ("300m", "v5p-4", "v5p:2x2x1"),
+    ],
+)
 def test_the_dial_fits_where_it_says(libtpu, size, chips, topology):
     """As written, on the smallest topologies it is meant for: larger ones leave more room on each chip. By the compiler at its best."""
     jax.config.update("jax_optimization_level", "UNKNOWN")
@@ -148,6 +185,55 @@ def test_the_dial_divides(size, chips):
     assert all(width % c.mesh.fsdp == 0 for width in (1152, 2048, 257152)) and c.model.preset == size
     assert c.mesh.data % max(1, int(n) // 256) == 0 or kind not in ("v5e", "v6e")
     assert 1e-6 < c.train.lr < 1e-3 and c.train.steps >= 1000 and c.train.warmup < c.train.steps
+
+
+@pytest.mark.parametrize(
+    "size, chips, topology, slices",
+    [
+        ("3b", "v5e-1", "v5e:1x1", 1),
+        ("300m", "v6e-1", "v6e:1x1", 1),
+        ("300m", "v5p-1", "v5p:1x1x1", 1),
+        ("3b", "v5e-256", "v5e:16x16", 1),
+        ("3b", "v5e-1024", "v5e:16x16", 4),
+        ("3b", "v6e-16", "v6e:4x4", 1),
+        ("3b", "v6e-256", "v6e:16x16", 1),
+        ("300m", "v6e-128", "v6e:8x16", 1),
+        ("3b", "v6e-512", "v6e:16x16", 2),
+        ("3b", "v5p-128", "v5p:4x4x8", 1),
+        ("1b", "v5p-192", "v5p:4x4x12", 1),
+        ("3b", "tpu7x-64", "tpu7x:4x4x4", 1),
+    ],
+)
+def test_the_dial_has_a_mesh_on_its_chips(libtpu, size, chips, topology, slices):
+    """Axes of the mesh laid on the torus, where one of its sides may have to serve two of them."""
+    plan = compile_check.Plan.make(load(DIAL.format(size, chips)), topology, slices)
+    assert plan.mesh.size == plan.config.mesh.data * plan.config.mesh.fsdp
+    assert len({d.id for d in plan.mesh.devices.flat}) == plan.mesh.size
+
+
+@pytest.mark.parametrize("chip, sides", [("v6e", "16x16"), ("v5p", "4x4x4"), ("tpu7x", "4x4x4")])
+def test_every_division_has_a_mesh(libtpu, chip, sides):
+    devices = compile_check.devices(f"{chip}:{sides}", 1)
+    for k in range(9):
+        for tensor in (1, 2, 4, 8):
+            if len(devices) % (2**k * tensor) == 0:
+                assert sharding.make_mesh(2**k, -1, tensor, devices=devices).size == len(devices)
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (("pack.rows=4", "pack.group=8"), "not a multiple of pack.group 8"),
+        (("model.expert=debug", "train.objective=both", "model.expert_dims=4"), "more than model.expert_dims 4"),
+        (("pack.length=32", "pack.targets=16"), "tokens but pack.length is 32"),
+        (("pack.targets=8",), "targets but pack.targets is 8"),
+        (("pack.images=1", "data.history=2"), "images but pack.images is 1"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(libtpu, more, says):
+    c = load("configs/debug.py:bridge", *more)
+    with pytest.raises(UserError, match=says):
+        compile_check.Plan.make(c, "v5e:2x2")
 
 
 def test_the_dial_scales_as_derived():

@@ -64,6 +64,13 @@ def test_the_experts_part():
     assert both - tokens == pytest.approx(3 * sum(parts.values()), rel=0.03)
 
 
+def test_boards_of_one_name_and_another_rate():
+    rate = lambda kind: hardware.of_kind(kind).peak
+    assert (
+        rate("NVIDIA H100 80GB HBM3") == 989e12 > rate("NVIDIA H100 NVL") > rate("NVIDIA H100 PCIe") and rate("NVIDIA H200 NVL") == 835e12
+    )
+
+
 def test_policies_by_what_they_compute_again():
     pack = config.Pack(rows=1, length=512, images=1, samples=1, targets=64)
     did = {name: traced("100m", name, pack)[1] for name in ("none", "dots", "attention", "full")}

@@ -63,7 +63,7 @@ def test_jobset_is_consistent():
     assert spec["parallelism"] == spec["completions"]
     assert spec["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == int(rows) * int(columns)
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
-    assert {e["name"] for e in container["env"]} == {"CONFIG", "WORKDIR"}
+    assert {e["name"] for e in container["env"]} == {"CONFIG", "WORKDIR", "VLA_DATA_ROOT"}
 
 
 def test_local_passes_variables_arguments_and_the_worst_exit_code(stub):

@@ -41,6 +41,49 @@ def test_goodput_over_restarts(tmp_path):
     assert m.window()["goodput"] == pytest.approx(0.30, abs=0.01)
 
 
+@pytest.mark.parametrize("text", ["", '{"step": 0, "ti', "7\n", None])
+def test_goodput_where_the_first_line_is_gone(tmp_path, text):
+    """The checkpoint says when the run began; without one too, it is not better than what is known."""
+    if text is not None:
+        (tmp_path / metrics.FILE).write_text(text)
+    m = meter.Meter(tmp_path, 30.0, time.time() - 100)
+    assert m.window()["goodput"] == pytest.approx(0.30, abs=0.01)
+    m = meter.Meter(tmp_path)
+    time.sleep(0.01)
+    with m.waiting("data"):
+        time.sleep(0.04)
+    assert 0 < m.window()["goodput"] < 0.6
+
+
+def test_a_half_written_line_takes_no_other_with_it(tiny, tmp_path):
+    """A process was killed while it wrote; and something that is no text got in."""
+    (tmp_path / metrics.FILE).write_bytes(b'{"step": 1, "time": 5.0}\n\xff\xfe\n7\n{"step": 20, "train/lo')
+    with metrics.Writer(tmp_path, tiny(), first=10, quiet=True) as writer:
+        writer.log(10, {"a": 1.0})
+        writer.log(11, {"a": 2.0})
+    assert [x["step"] for x in metrics.read(tmp_path)] == [1, 10, 11] and metrics.began(tmp_path) == 5.0
+    assert cli.main(["runs", str(tmp_path), f"--out={tmp_path / 'p.html'}"]) == 0
+
+
+def test_saving_goes_on_beside_the_steps_and_ema_is_evaluated(tiny, tmp_path, monkeypatch):
+    """save returns before its step is complete; what is evaluated is the average, where one is kept."""
+    from vla_jax.train import checkpoint, evaluate
+
+    saves, seen, real = [], [], checkpoint.Checkpointer.save
+
+    def save(self, step, *args, **more):
+        real(self, step, *args, **more)
+        saves.append(self._manager.is_saving_in_progress())
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+    monkeypatch.setattr(evaluate.Evaluation, "__call__", lambda self, params: seen.append(params) or {})
+    final = loop.train(
+        loop.prepare(tiny("train.steps=2", "train.save_every=1", "train.eval_every=2", "train.ema=0.9"), tmp_path), quiet=True
+    )
+    assert len(saves) == 2 and any(saves)
+    assert len(seen) == 1 and seen[0] is final.ema
+
+
 def test_metrics_of_a_run_and_of_its_resumption(tiny, tmp_path):
     """Everything a person steers by is there; what is counted over the whole run goes on after a restart."""
     over = ("train.log_every=1", "train.eval_every=2", "train.eval_frames=2", "train.save_every=2", "train.steps=4")
@@ -160,6 +203,8 @@ def test_a_trace_of_the_steps_asked_for(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (calls.append("stop"), stop()))
     loop.train(loop.prepare(tiny("train.steps=4"), tmp_path), quiet=True, profile=(2, 3))
     assert calls == ["start", "stop"] and list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(UserError, match="--profile=5:6: the run has 4 steps"):
+        loop.train(loop.prepare(tiny("train.steps=4"), tmp_path / "b"), quiet=True, profile=(5, 6))
     for text in ("3:2", "x", "0:4", "4"):
         assert cli.main(["train", "--config=configs/demo.py", f"--workdir={tmp_path}", f"--profile={text}"]) == 2
 

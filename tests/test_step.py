@@ -147,6 +147,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, tmp_path):
     assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(host(current.params))))
 
 
+@pytest.mark.parametrize("loss, norm, taken", [(1.0, 1.0, True), (np.nan, 1.0, False), (1.0, np.inf, False), (1.0, np.nan, False)])
+def test_either_that_is_not_finite_skips(loss, norm, taken):
+    tally = {"in_a_row": jnp.int32(0), "skipped": jnp.int32(0), "norm": jnp.float32(1)}
+    assert bool(step._ordinary(tally, jnp.int32(9), jnp.float32(loss), jnp.float32(norm), config.Train())) is taken
+
+
 def test_a_spike_is_skipped_once_the_norms_have_settled(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "SETTLED", 3)
     run = loop.prepare(tiny("train.spike=1.5", "train.warmup=1", "train.lr=1e-5"), tmp_path)
@@ -377,10 +383,29 @@ def test_averaged_parameters_and_clipping(tiny, tmp_path):
         current, _ = train_step(current, feed.to_device(batch, run.mesh))
     want = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, start, host(current.params))
     jax.tree.map(lambda w, g: np.testing.assert_allclose(w, g, atol=1e-6), want, host(current.ema))
-    params = {"llm": {"w": jnp.ones((4, 4))}}
-    tx = optim.make(config.Train(optimizer="adafactor", b1=0.0, clip=0.5, warmup=0, lr=1.0, weight_decay=0.0))
-    one, other = (tx.update({"llm": {"w": jnp.full((4, 4), g)}}, tx.init(params), params)[0]["llm"]["w"] for g in (1e3, 1e6))
-    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_the_gradient_is_clipped_as_a_whole():
+    """Two gradients after each other, of which Adam's moments remember the sizes: large ones as if they had been scaled to the norm of
+    train.clip, small ones as they are."""
+    params = {"llm": {"w": jnp.ones((4, 4)), "v": jnp.ones(3)}}
+    rng = np.random.default_rng(0)
+    grad = lambda norm: jax.tree.map(
+        lambda x: (norm / 4.359 * rng.choice([-1.0, 1.0], x.shape)).astype(np.float32), params
+    )  # of 19 numbers
+
+    def updates(clip, grads):
+        tx = optim.make(config.Train(clip=clip, warmup=0, lr=1.0, weight_decay=0.0))
+        state = tx.init(params)
+        for g in grads:
+            out, state = tx.update(g, state, params)
+        return out
+
+    first, second = grad(100.0), grad(0.3)
+    scaled = jax.tree.map(lambda g: g / 200, first)  # to a norm of 0.5
+    same = lambda a, b: all(np.allclose(x, y, rtol=1e-3) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    assert same(updates(0.5, [first, second]), updates(1e9, [scaled, second]))
+    assert not same(updates(0.5, [first, second]), updates(1e9, [first, second]))
 
 
 def test_compiled_programs_are_kept_where_the_cache_is(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from vla_jax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    root: str = ""  # folder that holds <dataset>/<version>/
+    root: str = ""  # folder or URL that holds <dataset>/<version>/; empty: what VLA_DATA_ROOT says
     mixture: str = ""  # name in data/mixtures, a path to one, or the name of a single card
     index_dir: str = ""  # where step indexes are kept; empty: the user's cache folder
     holdout: float = 0.1  # fraction of episodes never trained on; evaluation reads only these

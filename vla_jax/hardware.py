@@ -36,8 +36,11 @@ TPUS = {
     "v6e": Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640e9, 100e9, 2, 12.5e9, 256),
     "tpu7x": Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12 / 2, 94.7 * GIB, 7370e9 / 2, 50e9, 3, 6.2e9, 9216, cores=2),
 }
-# NVIDIA's dense bfloat16 rates, of the SXM boards
+# NVIDIA's dense bfloat16 rates: of the SXM boards, and before them of the others that have the same beginning of a name
 GPUS = {
+    "H100 PCIe": Chip("H100 PCIe", ("NVIDIA H100 PCIe",), 756e12),
+    "H100 NVL": Chip("H100 NVL", ("NVIDIA H100 NVL",), 835e12),
+    "H200 NVL": Chip("H200 NVL", ("NVIDIA H200 NVL",), 835e12),
     "A100": Chip("A100", ("NVIDIA A100",), 312e12),
     "H100": Chip("H100", ("NVIDIA H100",), 989e12),
     "H200": Chip("H200", ("NVIDIA H200",), 989e12),
@@ -55,7 +58,7 @@ def topology(text: str) -> tuple[Chip, tuple[int, ...]]:
     """`v5e:8x8` -> (the chip, (8, 8)). Raises: UserError."""
     name, _, shape = text.partition(":")
     sides = shape.split("x")
-    if name not in TPUS or not all(s.isdigit() and int(s) for s in sides):
+    if name not in TPUS or not all(s.isdecimal() and int(s) for s in sides):
         raise UserError(f"--topology {text!r}: write a chip and its sides, such as v5e:8x8 or v5p:4x4x4; chips: {', '.join(TPUS)}")
     if len(sides) != TPUS[name].torus:
         raise UserError(f"--topology {text!r}: {name} is connected in {TPUS[name].torus} dimensions, and this has {len(sides)}")

@@ -65,8 +65,6 @@ def make_mesh(data: int, fsdp: int, tensor: int, *, devices=None, where: str = "
             f"mesh data*fsdp*tensor = {' * '.join(map(str, sizes))} = {math.prod(sizes)}, but there are {total} devices ({where}). Set one axis to -1 to fill it."
         )
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     if sizes[0] % slices:
         raise UserError(
             f"mesh.data is {sizes[0]}, and the {total} devices are {slices} slices: it must be a multiple of {slices}, so that neither "
@@ -74,8 +72,12 @@ def make_mesh(data: int, fsdp: int, tensor: int, *, devices=None, where: str = "
         )
     from jax.experimental import mesh_utils
 
-    inner = (sizes[0] // slices, *sizes[1:])
-    made = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    # one side of a torus may have to serve two axes: 16 x 16 chips as 4 x 64
+    inner, split = (sizes[0] // slices, *sizes[1:]), {"allow_split_physical_axes": True}
+    if slices == 1:
+        made = mesh_utils.create_device_mesh(inner, devices, **split)
+    else:
+        made = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split)
     return Mesh(made, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

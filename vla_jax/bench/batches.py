@@ -17,12 +17,14 @@ KINDS = ("full", "padded", "packed")
 
 def shaped(config: Config, kind: str, patches: int) -> Config:
     """The config with rows as a kind of batch has them. full: a sample of three cameras and TEXT slots in each row (openpi's layout);
-    padded: the same rows, and samples of one, two and three cameras, of which absent ones are black; packed: those same samples without
-    the absent cameras, in half as many rows of twice the length, as many as fit. Raises: UserError."""
+    padded: the same rows, and as many samples of one as of two and of three cameras, of which absent ones are black; packed: such samples
+    without the absent cameras, in half as many rows of twice the length, as many as fit. Raises: UserError."""
     if kind not in KINDS:
         raise UserError(f"--batch {kind!r}; there are: {', '.join(KINDS)}")
     length, packed, rows = 3 * patches + TEXT, kind == "packed", config.pack.rows
-    length, rows = (2 * length, max(rows // 2, 1)) if packed else (length, rows)
+    if packed and rows % 2:
+        raise UserError(f"--batch packed takes half as many rows of twice the length, and pack.rows is {rows}: make it even")
+    length, rows = (2 * length, rows // 2) if packed else (length, rows)
     samples = length // (patches + PROMPT + ACTION) if packed else 1
     images = min(2 * samples, length // patches) if packed else 3
     sizes = {"rows": rows, "length": length + length % 2, "images": images, "samples": samples, "targets": ACTION * samples}
@@ -32,10 +34,8 @@ def shaped(config: Config, kind: str, patches: int) -> Config:
 def make(config: Config, kind: str, *, patches: int, vocab: int, seed: int = 0) -> Batch:
     """A batch of `shaped` rows; random pixels and ids."""
     p, rng = config.pack, np.random.default_rng(seed)
-    cameras = [3] * p.rows if kind == "full" else [1 + i % 3 for i in range(p.rows * p.samples)]
-    size = lambda n: (n * patches + PROMPT + ACTION, n, ACTION)
-    limits = p.length, p.images, p.targets
-    rows = pack.place([size(n) for n in cameras], p.rows, limits, p.samples) if kind == "packed" else [[i] for i in range(p.rows)]
+    cameras = [3 if kind == "full" else 1 + i % 3 for i in range(p.rows * p.samples)]
+    rows = _packed(p, cameras, patches) if kind == "packed" else [[i] for i in range(p.rows)]
     i32 = lambda *shape: np.zeros(shape, np.int32)
     out = {name: i32(p.rows, p.length) for name in ("segment", "position", "block", "target")} | {
         "tokens": np.full((p.rows, p.length), PAD, np.int32)
@@ -69,6 +69,14 @@ def make(config: Config, kind: str, *, patches: int, vocab: int, seed: int = 0) 
         chunk=i32(p.rows, p.samples) + 2,
         **out,
     )
+
+
+def _packed(p, cameras: list[int], patches: int) -> list[list[int]]:
+    """The most whole rounds of one, two and three cameras that all find a place: were there more to choose from, small samples would be
+    chosen, and the batch would be another than the padded one."""
+    sizes, limits = [(n * patches + PROMPT + ACTION, n, ACTION) for n in cameras], (p.length, p.images, p.targets)
+    placed = ((n, pack.place(sizes[:n], p.rows, limits, p.samples)) for n in range(len(sizes) // 3 * 3, 0, -3))
+    return next(rows for n, rows in placed if sum(map(len, rows)) == n)
 
 
 def black(batch: Batch, patches: int) -> int:

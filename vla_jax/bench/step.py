@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -241,7 +242,11 @@ def peer(program: str, arguments: str) -> list[dict]:
         raise UserError(f"--peer {program}: no such file. Name a program that prints JSON lines with `ms` and `samples_s`.")
     command = [sys.executable, program, *shlex.split(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    lines = []
+    for text in done.stdout.splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    lines = [line for line in lines if isinstance(line, dict) and "ms" in line]
     if done.returncode or not lines:
         raise UserError(f"--peer {shlex.join(command)} ended with {done.returncode}: {' '.join(done.stderr.split())[-400:]}")
     return [{"peer": Path(program).name, "arguments": arguments, **line} for line in lines]

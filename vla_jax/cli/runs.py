@@ -151,15 +151,17 @@ def _compile_check(args) -> int:
         if not args.out:
             raise UserError("--plot draws what --out has gathered: give --out FILE, too")
         report.check_picture(args.plot)
+    if args.out:
+        open(args.out, "a").close()  # a folder that is not there is better known now than after minutes of compiling
     made = fitting.run(args.config, args.topology, slices=args.slices, where=args.config_spec, quick=args.quick)
     print(roofline.table(made))
     if args.out:
         with open(args.out, "a") as f:
             f.write(json.dumps({"topology": args.topology, **made, **stamp()}) + "\n")
-    if args.plot:
-        report.scaling_picture([json.loads(line) for line in Path(args.out).read_text().splitlines()], Path(args.plot))
     if not made["fits"]:
         raise UserError(roofline.advice(made))
+    if args.plot:
+        report.scaling_picture(report.lines(args.out), Path(args.plot))
     return 0
 
 

@@ -38,7 +38,9 @@ def dataset_dir(root: str | Path, name: str, version: str) -> Store:
     Raises: UserError when the root is missing, the dataset is not below it, or the folder holds no dataset.
     """
     if not str(root) or str(root) == ".":
-        raise UserError("data.root is not set. Give the folder that holds <dataset>/<version>/: --config.data.root=DIR")
+        raise UserError(
+            "data.root is not set. Give the folder that holds <dataset>/<version>/: --config.data.root=DIR, or VLA_DATA_ROOT=DIR"
+        )
     base = Store(root)
     if base.path and not base.path.is_dir():
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,10 @@ def open_indexes(config: Config, *, progress=None) -> tuple[mixture.Mixture, tup
     mix, d = mixture.load(config.data.mixture), config.data
     show = lambda name: progress and (lambda shards, total: progress(shards, total, name))
     settings = {"holdout": d.holdout, "max_skipped": d.max_skipped}
-    return mix, tuple(build.ensure(card, d.root, d.index_dir, progress=show(card.name), **settings) for card in mix.cards)
+    return mix, tuple(
+        build.ensure(card, d.root or os.environ.get("VLA_DATA_ROOT", ""), d.index_dir, progress=show(card.name), **settings)
+        for card in mix.cards
+    )
 
 
 def open_source(

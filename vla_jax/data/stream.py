@@ -48,9 +48,7 @@ class Stream:
     def __init__(self, source: Source, *, process: int = 0, processes: int = 1, state: np.ndarray | None = None):
         """Raises: UserError when rows or groups do not divide among the hosts."""
         self.source, p = source, source.config.pack
-        if p.rows % p.group:
-            raise UserError(f"pack.rows {p.rows} is not a multiple of pack.group {p.group}")
-        self.groups = p.rows // p.group
+        self.groups = groups(source.config)
         if self.groups % processes:
             near = processes * p.group * max(1, round(p.rows / (processes * p.group)))
             fit = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0)
@@ -214,6 +212,14 @@ class Stream:
                 except images.UndecodableImage as e:
                     bad[item.sample_id] = item.dataset, e.cause
         return bad
+
+
+def groups(config: Config) -> int:
+    """Groups of rows in a global batch. Raises: UserError when rows are no multiple of a group."""
+    p = config.pack
+    if p.rows % p.group:
+        raise UserError(f"pack.rows {p.rows} is not a multiple of pack.group {p.group}")
+    return p.rows // p.group
 
 
 def initial_state(config: Config) -> np.ndarray:

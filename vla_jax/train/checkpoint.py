@@ -32,6 +32,7 @@ class Meta:
     state_dim: int
     stream: list[list[int]]
     productive_s: float = 0.0  # seconds that went into its steps, those of earlier starts included
+    started: float = 0.0  # when the run began, in seconds since 1970
 
 
 class Checkpointer:

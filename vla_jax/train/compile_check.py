@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from vla_jax import hardware, sharding, tree
 from vla_jax.config import Config
-from vla_jax.data import mixture, sample
+from vla_jax.data import mixture, sample, stream
 from vla_jax.hardware import GIB, Chip
 from vla_jax.models import attention, flops, presets, vla
 from vla_jax.models.presets import VLAConfig
@@ -35,7 +35,7 @@ _FULL = 0.95  # of a packed row
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """What the cards of a mixture say of a batch: the largest chunk steps, action and state dims, how many datasets; token ids; and the
-    tokens of a sample, on average."""
+    tokens, images and targets of a sample, on average."""
 
     chunk: int
     action: int
@@ -44,31 +44,44 @@ class Shapes:
     vocab: int
     sample_tokens: float
     sample_images: float
+    sample_targets: float
 
 
 def shapes(config: Config, patches: int) -> Shapes:
-    """From config and cards alone. Raises: UserError for cards or text models that are not there."""
+    """From config and cards alone. Raises: UserError for cards or text models that are not there, and for samples that no row can hold
+    (what they take is known about, before there is data)."""
     d, t, mix = config.data, config.tokens, mixture.load(config.data.mixture)
     words, fitted = text.load(t.text_model).vocab_size, t.action_vocab
     if t.action_path:
         fitted = files.load(t.action_path).vocab_size
-    share = [w / sum(mix.weights) for w in mix.weights]
+    share, p = [w / sum(mix.weights) for w in mix.weights], config.pack
     images = [len([v for v in d.views if v in card.views]) * d.history for card in mix.cards]
-    if max(images) > config.pack.images:
-        name = mix.cards[images.index(max(images))].name
-        raise UserError(f"a sample of {name} has {max(images)} images but pack.images is {config.pack.images}. Raise --config.pack.images.")
     chunks = [sample.chunk_steps(card.control_hz, d.chunk_s, d.max_chunk) for card in mix.cards]
     of_chunk = [_ACTION_TOKENS * len(c.action.dims) if t.action == "fast" else k * len(c.action.dims) for k, c in zip(chunks, mix.cards)]
     said = 0 if config.train.objective == "flow" else 1
-    tokens = [n * patches + _PROMPT + said * of for n, of in zip(images, of_chunk)]
+    targets = [said * of for of in of_chunk]
+    tokens = [n * patches + _PROMPT + of for n, of in zip(images, targets)]
+    for what, each, most in (("images", images, p.images), ("tokens", tokens, p.length), ("targets", targets, p.targets)):
+        if max(each) > most:
+            about = "" if what == "images" else "about "
+            key = "length" if what == "tokens" else what
+            name = mix.cards[each.index(max(each))].name
+            raise UserError(f"a sample of {name} has {about}{max(each)} {what} but pack.{key} is {most}. Raise --config.pack.{key}.")
+    sizes = max(len(card.action.dims) for card in mix.cards), max(len(card.state.dims) for card in mix.cards) * d.history
+    if config.model.expert != "none" and max(sizes) > config.model.expert_dims:
+        raise UserError(
+            f"the mixture has actions of {sizes[0]} and states of {sizes[1]} numbers, more than model.expert_dims {config.model.expert_dims}. "
+            "Raise --config.model.expert_dims."
+        )
     return Shapes(
         chunk=max(chunks),
-        action=max(len(card.action.dims) for card in mix.cards),
-        state=max(len(card.state.dims) for card in mix.cards) * d.history,
+        action=sizes[0],
+        state=sizes[1],
         datasets=len(mix.cards),
         vocab=words + (0 if t.layout == "openpi" else fitted),
         sample_tokens=sum(s * n for s, n in zip(share, tokens)),
         sample_images=sum(s * n for s, n in zip(share, images)),
+        sample_targets=sum(s * n for s, n in zip(share, targets)),
     )
 
 
@@ -106,6 +119,9 @@ def devices(topology: str, slices: int):
         os.environ.setdefault(key, value)
     try:
         more = {"num_slices": slices} if slices > 1 else {}
+        sides = hardware.topology(topology)[1]
+        if 1 in sides[:2]:  # less than a host
+            more["chips_per_host_bounds"] = (*sides, 1)[:3]
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
     except Exception as e:
         raise UserError(
@@ -131,6 +147,7 @@ class Plan:
         sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
         mesh = sharding.make_mesh(*sizes, devices=devices(topology, slices), where=where)
         sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
+        stream.groups(config)
         found = shapes(config, presets.tokens_per_image(config.model.preset, config.data.image_size))
         cfg = state.model_config(config, vocab=found.vocab, state_dim=found.state)
         with jax.set_mesh(mesh):
@@ -288,8 +305,11 @@ def report(plan: Plan, done: Compiled, *, where: str = "config") -> dict:
     far = sum(v[1] for v in by_kind.values())
     one = roofline.Step(model, hard, count, kept, weights, passes, sum(v[0] for v in by_kind.values()), far)
     bound, seconds = one.seconds(plan.chip)
-    per_row = min(pack.samples, pack.images / max(plan.found.sample_images, 1e-9), _FULL * pack.length / plan.found.sample_tokens)
-    samples = pack.rows * max(per_row, 1.0) / seconds
+    f, most = plan.found, lambda slots, each: slots / each if each else math.inf
+    per_row = min(
+        pack.samples, most(pack.images, f.sample_images), most(pack.targets, f.sample_targets), _FULL * pack.length / f.sample_tokens
+    )
+    samples = pack.rows * max(per_row, 1.0) / seconds  # one sample always fits: see shapes
     hours = config.train.steps * seconds / 3600
     return {
         "config": where,

@@ -84,14 +84,16 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
     train.max_skips steps in a row had to be skipped.
     """
     config, t, names = run.config, run.config.train, run.source.names
+    if profile and profile[0] > t.steps:
+        raise UserError(f"--profile={profile[0]}:{profile[1]}: the run has {t.steps} steps (train.steps)")
     tx, with_ema, main = optim.make(t), t.ema > 0, distributed.is_main()
     abstract, where = state.shardings(run.cfg, tx, run.mesh, with_ema=with_ema)
     checkpoints = Checkpointer(run.workdir, keep=t.keep)
-    first, flow, productive = checkpoints.latest() or 0, initial_state(config), 0.0
+    first, flow, clock = checkpoints.latest() or 0, initial_state(config), (0.0, 0.0)
     if first:
         meta = checkpoints.meta(first)
         checkpoint.check_same_run(meta, config, checkpoints.path, run.source)
-        current, productive = state.started_again(checkpoints.restore(first, abstract, where)), meta.productive_s
+        current, clock = state.started_again(checkpoints.restore(first, abstract, where)), (meta.productive_s, meta.started)
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
         current = state.create(
@@ -108,7 +110,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
     share = len(flow) // distributed.process_count()
     mine = flow[distributed.process_index() * share :][:share]
     stream = Stream(run.source, process=distributed.process_index(), processes=distributed.process_count(), state=mine)
-    ahead, meter, queued = feed.Feed(stream, run.mesh), Meter(run.workdir, productive), collections.deque()
+    ahead, meter, queued = feed.Feed(stream, run.mesh), Meter(run.workdir, *clock), collections.deque()
     lag = 0 if jax.default_backend() == "cpu" else 1  # virtual devices share a few threads: a collective may need those of a queued step
     with (
         jax.set_mesh(run.mesh),
@@ -145,7 +147,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
                     writer.log(now, {"eval": evaluation(current.ema or current.params)})
             if now % t.save_every == 0 or now == t.steps:  # before the next batch is taken
                 with meter.waiting("checkpoint"):
-                    checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter.so_far()))
+                    checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter))
     return current
 
 
@@ -206,7 +208,7 @@ def _halt(values: dict, now: int, t: Train, checkpoints: Checkpointer) -> None:
         )
 
 
-def _meta(run: Run, flow: np.ndarray, productive_s: float) -> Meta:
+def _meta(run: Run, flow: np.ndarray, meter: Meter) -> Meta:
     source = run.source
     return Meta(
         config=json.loads(json.dumps(dataclasses.asdict(run.config))),
@@ -219,5 +221,6 @@ def _meta(run: Run, flow: np.ndarray, productive_s: float) -> Meta:
         vocab=source.layout.vocab_size,
         state_dim=run.cfg.state_dim,
         stream=flow.tolist(),
-        productive_s=productive_s,
+        productive_s=meter.so_far(),
+        started=meter.started,
     )

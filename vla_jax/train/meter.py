@@ -20,11 +20,13 @@ from vla_jax.train import metrics
 class Meter:
     """Counts seconds by what the loop waits for; what is left of the wall clock is the device's.
 
-    started: when the run began, whichever process that was; productive: seconds of steps whose result is still there.
+    started: when the run began, whichever process that was, as its checkpoint says, else its first line; productive: seconds of steps
+    whose result is still there.
     """
 
-    def __init__(self, workdir: Path, productive: float = 0.0):
-        self.started = distributed.broadcast_json(metrics.began(workdir) or time.time())  # one clock for all
+    def __init__(self, workdir: Path, productive: float = 0.0, started: float = 0.0):
+        # one clock for all
+        self.started = distributed.broadcast_json(started or metrics.began(workdir) or time.time() - productive)
         self.productive = productive
         self._window()
 

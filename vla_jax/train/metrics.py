@@ -29,6 +29,8 @@ class Writer:
             workdir.mkdir(parents=True, exist_ok=True)
             self._wandb = _wandb(workdir, config)
             self._file = open(workdir / FILE, "a")
+            if not _ends_whole(workdir / FILE):  # a process that was killed while it wrote: its half line stays alone
+                self._file.write("\n")
             self._board = SummaryWriter(str(workdir / "tensorboard"))
             # in a log file one line every ten seconds is enough
             every = 0.2 if sys.stderr.isatty() else 10
@@ -92,20 +94,26 @@ def flatten(values: dict, prefix: str = "") -> dict:
 
 def began(workdir: Path) -> float | None:
     """When the first line of a run was written, in seconds since 1970; None if there is none."""
-    try:
-        with open(workdir / FILE) as lines:
-            return json.loads(next(lines))["time"]
-    except (OSError, ValueError, KeyError, StopIteration):
-        return None
+    return next((line["time"] for line in read(workdir) if "time" in line), None)
 
 
 def read(workdir: Path) -> list[dict]:
-    """The JSON lines of a run, in order; a half-written last line is passed over."""
+    """The JSON lines of a run, in order; what a killed process left half-written is passed over."""
     out = []
     path = workdir / FILE
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            out.append(json.loads(line))
+            found = json.loads(line)
         except ValueError:
             continue
+        if isinstance(found, dict) and "step" in found:
+            out.append(found)
     return out
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a file ends with a line's end, or holds nothing."""
+    with open(path, "rb") as f:
+        size = f.seek(0, 2)
+        f.seek(max(size - 1, 0))
+        return f.read(1) in (b"", b"\n")
