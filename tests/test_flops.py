@@ -18,7 +18,7 @@ assert feed
 
 def shapes_of(cfg, c, mesh_batch=None):
     params = jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0)))
-    found = compile_check.Shapes(10, 8, 8, 1, 1024, 500.0, 2.0)
+    found = compile_check.Shapes(10, 8, 8, 1, 1024, 500.0, 2.0, 30.0)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
     batch = compile_check.abstract_batch(c, found, mesh)
     return params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
