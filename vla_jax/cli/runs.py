@@ -154,10 +154,10 @@ def _compile_check(args) -> int:
     if args.out:
         open(args.out, "a").close()  # a folder that is not there is better known now than after minutes of compiling
     made = fitting.run(args.config, args.topology, slices=args.slices, where=args.config_spec, quick=args.quick)
-    print(roofline.table(made))
-    if args.out:
+    if args.out:  # before anything is printed, which a closed pipe ends
         with open(args.out, "a") as f:
             f.write(json.dumps({"topology": args.topology, **made, **stamp()}) + "\n")
+    print(roofline.table(made))
     if not made["fits"]:
         raise UserError(roofline.advice(made))
     if args.plot:
