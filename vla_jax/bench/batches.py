@@ -17,17 +17,14 @@ KINDS = ("full", "padded", "packed")
 
 def shaped(config: Config, kind: str, patches: int) -> Config:
     """The config with rows as a kind of batch has them. full: a sample of three cameras and TEXT slots in each row (openpi's layout);
-    padded: the same rows, and as many samples of one as of two and of three cameras, of which absent ones are black; packed: such samples
-    without the absent cameras, in half as many rows of twice the length, as many as fit. Raises: UserError."""
+    padded: the same rows, and as many samples of one as of two and of three cameras, of which absent ones are black; packed: the same rows,
+    and such samples without the absent cameras, two in a row where they fit. Raises: UserError."""
     if kind not in KINDS:
         raise UserError(f"--batch {kind!r}; there are: {', '.join(KINDS)}")
-    length, packed, rows = 3 * patches + TEXT, kind == "packed", config.pack.rows
-    if packed and rows % 2:
-        raise UserError(f"--batch packed takes half as many rows of twice the length, and pack.rows is {rows}: make it even")
-    length, rows = (2 * length, rows // 2) if packed else (length, rows)
-    samples = length // (patches + PROMPT + ACTION) if packed else 1
-    images = min(2 * samples, length // patches) if packed else 3
-    sizes = {"rows": rows, "length": length + length % 2, "images": images, "samples": samples, "targets": ACTION * samples}
+    if kind == "packed" and config.pack.rows < 2:
+        raise UserError("--batch packed puts samples of one, two and three cameras in two rows: set --config.pack.rows=2 or more")
+    length, samples = 3 * patches + TEXT, 2 if kind == "packed" else 1
+    sizes = {"length": length + length % 2, "images": 3, "samples": samples, "targets": ACTION * samples}
     return dataclasses.replace(config, pack=dataclasses.replace(config.pack, **sizes))
 
 

@@ -24,7 +24,7 @@ def run(
     """A line for the config's step, and one for each of `beside`, measured in turns with it.
 
     batch: `data` (the first batch of the config's data) or a kind of bench.batches. beside: `full_loss` (logits at every position),
-    `padded` (with batch=packed: the same samples, each in a row of three cameras), or a `group.key=value` of the config. parts: also the
+    `padded` (with batch=packed: such samples, each in a row of three cameras), or a `group.key=value` of the config. parts: also the
     time of encoder, decoder, loss and optimizer, each compiled by itself. Variants of one model and optimizer train the same state, which
     is in memory once. Raises: UserError.
     """
