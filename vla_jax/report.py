@@ -159,6 +159,9 @@ def scaling_picture(reports: list[dict], out: Path) -> Path:
     series: dict[str, dict[int, dict]] = {}
     for r in fit:  # of several reports of the same run the last counts
         series.setdefault(f"{r['preset']} on {r['chip']}", {})[r["chips"]] = r
+    lined = {name: of for name, of in series.items() if len(of) > 1}
+    series = lined or series  # what was compiled for one number of chips says nothing about scaling
+    fit = [r for of in series.values() for r in of.values()]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.3), layout="constrained")
     gib = 1 << 30
     for i, (name, by) in enumerate(sorted(series.items())):
