@@ -13,7 +13,7 @@ set -eu
 # shellcheck disable=SC2016
 exec xpk workload create --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
     --workload="${NAME:-vla}" --tpu-type="${TPU_TYPE:-v5litepod-64}" --num-slices="${SLICES:-1}" \
-    --max-restarts="${VLA_MAX_RESTARTS:-20}" --restart-on-user-code-failure \
+    --max-restarts="${VLA_MAX_RESTARTS:-100}" --restart-on-user-code-failure \
     --termination-grace-period-seconds=300 --docker-image="$IMAGE" \
-    --env CONFIG="$CONFIG" --env WORKDIR="$WORKDIR" --env VLA_DATA_ROOT="${VLA_DATA_ROOT:-}" \
+    --env VLA_RESUMABLE_EXIT=75 --env CONFIG="$CONFIG" --env WORKDIR="$WORKDIR" --env VLA_DATA_ROOT="${VLA_DATA_ROOT:-}" \
     --command='. launch/xla_flags.sh && vla-jax train --config="$CONFIG" --workdir="$WORKDIR"' "$@"
