@@ -223,7 +223,7 @@ def test_wilson_interval():
 
 def test_checkpoint_holds_all_that_a_policy_needs(exported):
     run, _, _ = exported
-    saved = checkpoint.Checkpointer(run.workdir, read_only=True)
+    saved = checkpoint.Checkpointer(run.workdir)
     meta = saved.meta(saved.latest())
     saved.close()
     assert [c["name"] for c in meta.cards] == list(run.source.names) and len(meta.stats) == 3

@@ -124,6 +124,9 @@ class Train:
     wandb: str = ""  # a project of Weights & Biases to log to; empty: none
     save_every: int = 1000
     keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # also those of every so many steps; 0: none
+    keep_best: int = 0  # also so many with the lowest held-out loss, of those saved at a step that was evaluated; 0: none
+    hang_s: float = 1800.0  # a process in which nothing moves for so long ends, to be started again; 0: never
     allow_new_mixture: bool = False  # resume although the data changed
 
 
@@ -157,6 +160,8 @@ _RANGES = {
     "train.clip": (1e-9, math.inf),
     "train.ema": (0.0, 0.999999),
     "train.eval_every": (0, math.inf),
+    "train.keep_every": (0, math.inf),
+    "train.keep_best": (0, math.inf),
     "train.eval_frames": (0, math.inf),
 }
 
@@ -208,9 +213,9 @@ class Config:
         d = dataclasses.asdict(self)
         for key in ("root", "index_dir", "threads", "read_ahead", "prefetch", "max_skipped", "mixture", "holdout"):
             d["data"].pop(key)
-        for key in ("log_every", "eval_every", "eval_batches", "eval_frames", "wandb", "save_every", "keep", "allow_new_mixture"):
+        for key in ("log_every", "eval_every", "eval_batches", "eval_frames", "wandb", "save_every", "allow_new_mixture"):
             d["train"].pop(key)
-        for key in ("steps", "accumulate", "spike", "max_skips"):
+        for key in ("steps", "accumulate", "spike", "max_skips", "keep", "keep_every", "keep_best", "hang_s", "moment_dtype"):
             d["train"].pop(key)
         for group, key in (
             ("model", "init"),

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -142,6 +143,8 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
     """jax aborts the process (SIGABRT, no exception) at its own timeout and crashes on a taken port, so the port is
     tried first, and jax connects in a thread with a timeout later than ours."""
     arguments: dict[str, Any] = {"initialization_timeout": int(timeout_s) + 600}
+    if os.environ.get("VLA_HEARTBEAT_S"):
+        arguments["heartbeat_timeout_seconds"] = _number(os.environ, "VLA_HEARTBEAT_S", 1)
     me, hint = f"This process (from {found.source})", "Does the same command run on every worker of the TPU slice?"
     if found.coordinator:
         me = f"Process {found.index} of {found.count} (from {found.source}, coordinator {found.coordinator})"
@@ -188,6 +191,11 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
         )
 
 
+def several() -> bool:
+    """Whether this process has joined others; loads nothing."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized() and process_count() > 1
+
+
 def process_index() -> int:
     import jax
 
@@ -226,6 +234,31 @@ def agree(name: str, digest: str) -> None:
                 f"{', '.join(differ)}. This is process {process_index()}. Start all of them with the same "
                 "code, config and data."
             )
+
+
+PACKAGES = ("vla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "sentencepiece")
+
+
+def agree_versions() -> None:
+    """Every process must run the same versions of Python and of PACKAGES. Raises: UserError, on all of them, naming what differs."""
+    from importlib import metadata
+
+    held = {"python": "{}.{}".format(*sys.version_info)}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            held[name] = metadata.version(name)
+    told = gather_json(held)
+    names = sorted({name for of in told for name in of if len({other.get(name) for other in told}) > 1})
+    if names:
+        says = lambda name: ", ".join(f"{told[i].get(name, 'missing')} on process {i}" for i in _one_of_each([of.get(name) for of in told]))
+        raise UserError(
+            f"the processes run different software: {'; '.join(f'{name} is {says(name)}' for name in names)}. Install the same constraints.txt on all."
+        )
+
+
+def _one_of_each(values: list) -> list[int]:
+    """Where each value occurs first."""
+    return sorted({value: i for i, value in reversed(list(enumerate(values)))}.values())
 
 
 @contextlib.contextmanager

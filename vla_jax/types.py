@@ -17,6 +17,15 @@ class UserError(Exception):
     """What went wrong, where, and what to do, in one message. The CLI prints it alone and exits with 2."""
 
 
+class Interrupted(Exception):
+    """A run that was asked to end before its last step, and saved itself. The CLI prints it and exits with 0, or what
+    VLA_RESUMABLE_EXIT says."""
+
+    def __init__(self, step: int, steps: int, saved: int):
+        again = "the same command goes on from there"
+        super().__init__(f"stopped on request after step {step} of {steps}; resumable from step {saved}: {again}")
+
+
 # Placeholder ids in `Batch.tokens`, replaced by continuous embeddings. Negative, so that no vocabulary collides with them.
 PAD, IMAGE, STATE = 0, -1, -2
 

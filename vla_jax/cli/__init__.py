@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import traceback
 
-from vla_jax import __version__, config
+from vla_jax import __version__, config, distributed
 from vla_jax.cli import data, runs, tokens
 from vla_jax.cli.arguments import Parser
-from vla_jax.types import UserError
+from vla_jax.types import Interrupted, UserError
+
+
+def program() -> int:
+    """`main`, as a process of its own. One of several that fails, perhaps alone, ends at once: at its exit jax would wait for the others,
+    who wait for it in a collective."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and distributed.several():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 the user's error (one message, no traceback), 1 ours."""
+    """Exit codes: 0 done, or stopped on request and saved (VLA_RESUMABLE_EXIT: another one for that); 2 the user's error (one message,
+    no traceback); 1 ours."""
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # `vla-jax data list | head`
         sys.stderr.close()
         return 0
+    except Interrupted as e:
+        if distributed.is_main():
+            print(f"vla-jax: {e}", file=sys.stderr)
+        return int(os.environ.get("VLA_RESUMABLE_EXIT") or 0)
     except UserError as e:
         print(f"vla-jax: {e}", file=sys.stderr)
         return 2
@@ -36,6 +60,7 @@ def _main(argv: list[str]) -> int:
     if getattr(args, "takes_config", False):
         args.config_spec = args.config
         args.config, args.origin = config.load(args.config, overrides)
+        args.overridden = bool(overrides)
     elif overrides:
         raise UserError(f"{args.command} takes no --config.* overrides")
     return args.run(args) or 0

@@ -1,5 +1,5 @@
 import sys
 
-from vla_jax.cli import main
+from vla_jax.cli import program
 
-sys.exit(main())
+sys.exit(program())

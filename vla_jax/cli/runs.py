@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from vla_jax import config
+from vla_jax import config, launch
 from vla_jax.cli.arguments import command, counts, folder, positive, span, words
 from vla_jax.types import UserError
 
@@ -41,6 +42,16 @@ def add(commands) -> None:
     p.add_argument("--quick", action="store_true", help="do not look for the largest batch")
     p.add_argument("--out", default="", metavar="FILE", help="append the report as a JSON line here")
     p.add_argument("--plot", default="", metavar="FILE", help="draw all reports of --out: rate, memory and traffic against chips")
+    p = command(commands, "launch", _launch, "start a run on a cluster, with what must agree checked first", takes_config=True)
+    p.add_argument("kind", choices=sorted(launch.KINDS), help="where")
+    p.add_argument("--workdir", required=True, metavar="DIR", help="where the run is kept, as its hosts see it")
+    p.add_argument("--chips", default="", metavar="KIND-N", help="such as v5e-64 or h200-16 (default: the config's own argument chips=..)")
+    p.add_argument("--topology", default="", metavar="AxB", help="of one slice, where it is not the usual one")
+    p.add_argument("--dry-run", action="store_true", help="print what would be run, and do nothing")
+    for f in dataclasses.fields(launch.Options):
+        if f.name not in ("config", "workdir"):
+            kind = {"action": "store_true"} if f.type == "bool" else {"default": f.default, "type": int if f.type == "int" else str}
+            p.add_argument(f"--{f.name.replace('_', '-')}", help=launch.SAYS[f.name], **kind)
     command(commands, "config", _config, "print the resolved config and where each value comes from", takes_config=True)
     p = command(commands, "demo", _demo, "the whole way on a small tabletop world: record, index, train, export, act")
     p.add_argument("--workdir", default="runs/demo", type=folder, metavar="DIR")
@@ -74,6 +85,17 @@ def add(commands) -> None:
     decode.add_argument("--prompt", type=positive, default=640, help="tokens of the prompt, 256 of them an image (default: 640)")
     decode.add_argument("--tokens", type=positive, default=72, help="decoded tokens (default: 72)")
     attention = command(bench, "attention", _bench_attention, "this device's attention kernels, beside plain XLA")
+    attacked = command(
+        bench, "faults", _bench_faults, "a small run of real processes, killed, stopped and damaged, against an undisturbed one"
+    )
+    attacked.add_argument("--n", type=positive, default=10, help="faults, each to a run of its own (default: 10)")
+    attacked.add_argument("--processes", type=positive, default=2, help="of 4 devices together (default: 2)")
+    attacked.add_argument("--seed", type=int, default=0)
+    attacked.add_argument("--only", type=words, default=(), metavar="A,B", help="of the faults")
+    attacked.add_argument(
+        "--workdir", default="runs/faults", type=folder, metavar="DIR", help="for data and runs; those that were lost stay"
+    )
+    attacked.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
     for p in (data, step, tokens, decode, attention):
         p.add_argument("--repeats", type=positive, default=5)
         p.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
@@ -177,6 +199,24 @@ def _with_stack(argv: list[str]) -> int:
     return subprocess.run(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, free), check=False).returncode
 
 
+def _launch(args) -> int:
+    if args.overridden:
+        raise UserError(
+            "every host starts the same line, which has no room for --config.x.y=z: put the values into a config file of your own"
+        )
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(launch.Options) if f.name != "config"}
+    chips = args.chips or next((item[6:] for item in args.config_spec.partition(":")[2].split(",") if item.startswith("chips=")), "")
+    if not chips:
+        raise UserError("say the machines: --chips=KIND-NUMBER, such as v5e-64, or local with --chips=cpu-N")
+    machines = launch.Machines.of(chips, args.topology)
+    launch.check(args.config, machines, where=args.config_spec)
+    made = launch.render(args.kind, machines, launch.Options(config=args.config_spec, **given))
+    if args.dry_run:
+        print(made)
+        return 0
+    return launch.run(made)
+
+
 def _config(args) -> int:
     print(config.render(args.config, args.origin))
     return 0
@@ -227,6 +267,16 @@ def _bench_decode(args) -> int:
     for line in run.decode(repeats=args.repeats, **shape):
         _show(line, args.out)
     return 0
+
+
+def _bench_faults(args) -> int:
+    from vla_jax.bench import faults
+    from vla_jax.bench.run import stamp
+
+    line = {}
+    for line in faults.run(Path(args.workdir), n=args.n, processes=args.processes, seed=args.seed, only=args.only):
+        _show({"bench": "faults", **line, **stamp()}, args.out)
+    return 1 if line["lost"] else 0
 
 
 def _bench_attention(args) -> int:

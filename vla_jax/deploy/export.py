@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from vla_jax import __version__, tree
@@ -25,20 +26,22 @@ FORMAT = "vla_jax.policy.1"
 def export(workdir: str | Path, out: str | Path, *, step: int | None = None) -> Path:
     """Writes the folder `out`, which must not hold anything yet. Raises: UserError when there is nothing to export."""
     from vla_jax.models import lora
-    from vla_jax.train.checkpoint import Checkpointer  # here, so that a robot's program loads no Orbax
+    from vla_jax.train.checkpoint import Checkpointer, Damaged  # here, so that a robot's program loads no Orbax
 
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no run: there is no folder checkpoints/ in it. Give the --workdir of a training run.")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty. Give a new folder.")
-    checkpoints = Checkpointer(workdir, read_only=True)
+    checkpoints = Checkpointer(workdir)
     try:
         step = checkpoints.latest() if step is None else step
         if step is None:
             raise UserError(f"{workdir}/checkpoints holds no finished checkpoint yet.")
         meta = checkpoints.meta(step)
         params = lora.merge(checkpoints.params(step), meta.config["train"].get("lora_alpha", 0.0))
+    except Damaged as e:
+        raise UserError(f"{e}. Export another step: RUN@STEP, with one of {checkpoints.steps()}.") from e
     finally:
         checkpoints.close()
     out.mkdir(parents=True, exist_ok=True)
@@ -80,10 +83,10 @@ def read(folder: str | Path) -> tuple[dict, dict, Path]:
     try:
         body = json.loads((folder / "policy.json").read_text())
         params = tree.unflatten(load_file(folder / "params.safetensors"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise UserError(f"{folder} is no exported policy: {e}") from e
-    if body.get("format") != FORMAT:
-        raise UserError(f"{folder} has format {body.get('format')!r}, this version reads {FORMAT!r}")
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {body.get('format') if isinstance(body, dict) else body!r}, this version reads {FORMAT!r}")
     return body, params, folder
 
 

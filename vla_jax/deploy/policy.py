@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from vla_jax import config as configs
+from vla_jax import tree
 from vla_jax.data import cards, images, sample, stats
 from vla_jax.data.cards import DatasetCard
 from vla_jax.data.stats import Normalizer
@@ -127,6 +128,13 @@ def load_all(folder: str | Path, *, head: str = "", mesh=None, sampling: Samplin
     `sharding.make_mesh`, to divide a model over several devices (its axis `tensor`: each token then reads a share of the weights on
     each). sampling: of tokens, by temperature and top_k. Raises: UserError."""
     body, params, folder = export.read(folder)
+    try:
+        return _made(body, params, folder, head, mesh, sampling)
+    except files.ODD as e:  # whoever changed a file has changed its checksum, too
+        raise UserError(f"{folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e
+
+
+def _made(body: dict, params: dict, folder: Path, head: str, mesh, sampling: Sampling) -> dict[str, Policy]:
     config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
     words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
     layout = Layout.of(config.tokens, words, action, presets.tokens_per_image(config.model.preset, config.data.image_size))
@@ -140,6 +148,10 @@ def load_all(folder: str | Path, *, head: str = "", mesh=None, sampling: Samplin
         expert=config.model.expert,
         expert_dims=config.model.expert_dims,
     )
+    of = lambda params: {path: x.shape for path, x in tree.flatten(params).items()}
+    if of(params) != (wanted := of(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))):
+        wrong = sorted(of(params).items() ^ wanted.items())[0][0]
+        raise UserError(f"{folder}: the parameters are not those of the model that policy.json describes; {wrong} differs")
     if mesh is not None:
         params = jax.device_put(params, vla.shardings(cfg, mesh))
     trained = ("flow", "tokens") if config.train.objective == "both" else (config.train.objective,)

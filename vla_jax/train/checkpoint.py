@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
-from vla_jax import config as configs
-from vla_jax.tokens import files
+from vla_jax import distributed
+from vla_jax.config import Train
+from vla_jax.console import say
+from vla_jax.train import checksums
 from vla_jax.types import TrainState, UserError
+
+
+class Damaged(Exception):
+    """A step whose bytes are not those that were written; says which, and how that was seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,26 +43,38 @@ class Meta:
     stream: list[list[int]]
     productive_s: float = 0.0  # seconds that went into its steps, those of earlier starts included
     started: float = 0.0  # when the run began, in seconds since 1970
+    sums: dict[str, int] = dataclasses.field(default_factory=dict)  # checksums of the state's arrays, by path; set by save
 
 
 class Checkpointer:
-    """Saves and restores the steps of one run below `workdir/checkpoints`. Saving is asynchronous; close() waits."""
+    """Saves and restores the steps of one run below `workdir/checkpoints`, a folder or a URL. Saving is asynchronous.
 
-    def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
-        self.path = Path(workdir).expanduser().resolve() / "checkpoints"
-        quiet = logging.getLogger("absl")  # Orbax warns at length that a read-only manager does not write
-        level = quiet.level
-        if read_only:
-            quiet.setLevel(logging.ERROR)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+    A step that cannot be written (a full disk, a store that does not answer) costs that step and not the run: it is said, counted in
+    `failed`, and what is left of it is removed. What was saved before stays until a later step is complete.
+    """
+
+    def __init__(self, workdir: str | Path, train: Train | None = None):
+        """train: its `keep`, `keep_every` and `keep_best` say which steps stay; None: for reading only."""
+        place = str(workdir)
+        self.path = epath.Path(place if "://" in place else Path(place).expanduser().resolve()) / "checkpoints"
+        self.failed, self._writing = 0, None
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says in hundreds of lines what is said here in one
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_kept(train) if train else None,
+            read_only=train is None,
+            create=train is not None,
+            cleanup_tmp_directories=train is not None,  # of a process that was killed while it saved
+        )
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "meta"))
-        quiet.setLevel(level)
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, *exc) -> None:
-        self.close()
+        if exc[0] is None:
+            self.close()
+        else:  # perhaps on this process alone: nothing that the others would have to join
+            self._manager.close()
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -60,74 +82,141 @@ class Checkpointer:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, meta: Meta) -> None:
+    def save(self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None) -> None:
+        """metrics: {"loss": held-out loss at this step}, where it is known. Every process calls it. Waits for the step before."""
+        self.wait()
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(dataclasses.asdict(meta)))
-        self._manager.save(step, args=args, force=True)
+        tree = _tree(state)
+        told = _sealed(dataclasses.replace(meta, sums=checksums.of(tree)))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(told))
+        self._writing = step
+        try:
+            self._manager.save(step, args=args, metrics=metrics, force=True)
+        except Exception as e:
+            self._give_up(e)
+
+    def wait(self) -> None:
+        """Returns when the step that is being written is complete, or has been given up on all processes."""
+        if self._writing is None:
+            return
+        problem = None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:
+            problem = e
+        if any(distributed.gather_json(problem is not None)):
+            self._give_up(problem or OSError("another process could not write its part"))
+        self._writing = None
+
+    def _give_up(self, problem: Exception) -> None:
+        self.failed += 1
+        step, self._writing = self._writing, None
+        if distributed.is_main():
+            for left in (*self.path.glob(f"{step}.orbax-checkpoint-tmp*"), self.path / str(step)):
+                if left.exists():
+                    left.rmtree(missing_ok=True)
+        distributed.barrier(f"gave up step {step}")
+        self._manager.reload()
+        first = next(iter(str(problem).splitlines()), "")
+        say(
+            f"checkpoint {self.path}/{step} could not be written ({type(problem).__name__}: {first[-300:]}). The run goes on; "
+            f"it can be resumed from: {self.steps() or 'its start only'}. Make room there."
+        )
 
     def meta(self, step: int) -> Meta:
-        """Raises: UserError when the step is not there or was written by something else."""
+        """Raises: UserError when the step is not there, Damaged (on all processes) when it is not what was written."""
         if step not in self._manager.all_steps():
             raise UserError(f"no checkpoint of step {step} in {self.path}; there are: {self.steps() or 'none'}")
-        try:
-            return Meta(**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
-        except (TypeError, KeyError, FileNotFoundError, ValueError) as e:
-            raise UserError(f"{self.path}/{step} is no checkpoint of vla_jax ({type(e).__name__}: {e})") from e
+        with self._whole(step):
+            told = json.loads((self.path / str(step) / "meta" / "metadata").read_text())
+            if told.pop("sha256", "none") != _sha256(told):
+                raise ValueError("meta has another checksum, or none")
+            found = Meta(**told)
+        return found
 
     def restore(self, step: int, abstract: TrainState, where: TrainState) -> TrainState:
-        """The state of a step, each shard read to the device that holds it. Raises: UserError when shapes differ."""
-        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _tree(abstract), _tree(where))
-        try:
-            tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-        except (ValueError, KeyError) as e:
+        """The state of a step, each shard read to the device that holds it, on any mesh, in the dtypes of `abstract`. Every process
+        calls it. Raises: UserError when shapes differ; Damaged, on all processes, when an array is not what was written."""
+        folder, wanted, sums = self.path / str(step) / "state", _tree(abstract), self.meta(step).sums
+        reader = ocp.StandardCheckpointHandler()  # the manager's way ends at a barrier, which a process that failed never reaches
+        with self._whole(step):
+            saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in checksums.flatten(reader.metadata(folder).tree).items()}
+        shapes = {path: tuple(x.shape) for path, x in checksums.flatten(wanted).items()}
+        if differ := sorted(p for p in saved.keys() | shapes.keys() if p not in saved or saved[p][0] != shapes.get(p)):
+            has, needs = saved.get(differ[0], ("nothing",))[0], shapes.get(differ[0], "nothing")
             raise UserError(
-                f"the checkpoint {self.path}/{step} belongs to another model: {str(e).splitlines()[0]}. Use another --workdir."
-            ) from e
-        return TrainState(**tree)
+                f"the checkpoint {self.path}/{step} belongs to another model: {differ[0]} is {has} there and {needs} here"
+                f"{f', and {len(differ) - 1} more' if differ[1:] else ''}. Use another --workdir."
+            )
+        dtypes = iter([saved[path][1] for path in shapes])
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, next(dtypes), sharding=s), wanted, _tree(where))
+        with self._whole(step):
+            tree = reader.restore(folder, args=ocp.args.StandardRestore(target))
+        self._verify(step, tree, sums)
+        cast = jax.jit(lambda t: jax.tree.map(lambda x, a: x.astype(a.dtype), t, wanted), out_shardings=_tree(where), donate_argnums=0)
+        return TrainState(**cast(tree))
+
+    @contextlib.contextmanager
+    def _whole(self, step: int) -> Iterator[None]:
+        """Around a read by every process: what goes wrong on one is Damaged on all, so that none waits for it."""
+        problem = None
+        try:
+            yield
+        except Exception as e:  # a damaged file makes Orbax and TensorStore raise many kinds
+            problem = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')[:200]}"
+        if told := next((t for t in distributed.gather_json(problem) if t), None):
+            raise Damaged(f"checkpoint {self.path}/{step} is damaged, or was not written by vla_jax ({told})")
+
+    def _verify(self, step: int, tree: dict, sums: dict[str, int]) -> None:
+        if bad := [path for path, n in checksums.of(tree).items() if n != sums.get(path)]:
+            raise Damaged(
+                f"checkpoint {self.path}/{step} is damaged: {len(bad)} of {len(sums)} arrays are not what was saved, {bad[0]} among them"
+            )
 
     def params(self, step: int) -> dict:
-        """All parameters (EMA where one is kept) as host arrays: for export."""
-        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+        """All parameters (EMA where one is kept) as host arrays: for export. Raises: Damaged."""
+        sums = self.meta(step).sums
+        with self._whole(step):
+            tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+        self._verify(step, tree, sums)
         return jax.tree.map(np.asarray, tree.get("ema") or tree["params"])
 
+    def set_aside(self, steps: list[int]) -> None:
+        """Moves steps to `damaged/` in the workdir, so that the run can write them again. Every process calls it."""
+        if distributed.is_main():
+            for step in steps:
+                to = self.path.parent / "damaged" / str(step)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                if to.exists():
+                    to.rmtree()
+                (self.path / str(step)).rename(to)
+        distributed.barrier("set aside")
+        self._manager.reload()
+
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+
+def _kept(train: Train) -> keep_policy.PreservationPolicy:
+    policies = [keep_policy.LatestN(train.keep)]
+    if train.keep_every:
+        policies.append(keep_policy.EveryNSteps(train.keep_every))
+    if train.keep_best:
+        loss = lambda metrics: metrics["loss"]
+        policies.append(keep_policy.BestN(get_metric_fn=loss, reverse=True, n=train.keep_best, keep_checkpoints_without_metrics=False))
+    return keep_policy.AnyPreservationPolicy(policies)
 
 
 def _tree(state: TrainState) -> dict:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
 
 
-def check_same_run(meta: Meta, config: configs.Config, where: Path, source) -> None:
-    """source: the opened data.source.Source. Raises: UserError when the folder holds a run with another config, other
-    tokenizers or another mixture."""
-    fingerprint, layout = source.fingerprint(), source.layout
-    old = configs.from_dict(json.loads(json.dumps(meta.config)), where=str(where))
-    if old.digest() != config.digest():
-        a, b = configs.flatten(dataclasses.asdict(old)), configs.flatten(dataclasses.asdict(config))
-        changed = [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
-        raise UserError(f"{where} holds a run with another config ({'; '.join(changed[:6])}). Use another --workdir, or the same config.")
-    for name, same in (
-        ("action tokenizer", meta.action_tokenizer["digest"] == files.to_json(layout.action)["digest"]),
-        ("text tokenizer", base64.b64decode(meta.text_model) == layout.text.model),
-    ):
-        if not same:
-            raise UserError(
-                f"{where} was trained with another {name} than the one found now. Put back the file it had (action_tokenizer.json in the workdir, tokens.action_path or tokens.text_model), or use another --workdir."
-            )
-    if (
-        meta.mixture != fingerprint
-        and config.train.allow_new_mixture
-        and layout.state == "continuous"
-        and meta.state_dim != source.shape[2]
-    ):
-        raise UserError(
-            f"{where} was trained on states of {meta.state_dim} numbers (its mixture's largest) and the new mixture has {source.shape[2]}. "
-            "Use another --workdir, or a mixture of the same size."
-        )
-    if meta.mixture != fingerprint and not config.train.allow_new_mixture:
-        raise UserError(
-            f"the data changed since {where} was written (mixture {meta.mixture} -> {fingerprint}). Set --config.train.allow_new_mixture=true to go on with the new data from its start."
-        )
+def _sealed(meta: Meta) -> dict:
+    told = json.loads(json.dumps(dataclasses.asdict(meta)))
+    return told | {"sha256": _sha256(told)}
+
+
+def _sha256(told: dict) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

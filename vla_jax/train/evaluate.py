@@ -22,22 +22,21 @@ from vla_jax.types import UserError
 
 def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[str, dict]:
     """Everything about the newest checkpoint of a run: {dataset: {nll, accuracy, targets, mae, baseline, valid}}."""
-    from vla_jax.train import checkpoint, loop  # loop imports this module
+    from vla_jax.train import checkpoint, loop, resume  # loop imports this module
 
     if not (Path(workdir).expanduser() / "checkpoints").is_dir():  # first: opening a run makes its folder
         raise UserError(f"{workdir} holds no run: there is no folder checkpoints/ in it. Give the --workdir of a training run.")
     ready = loop.prepare(config, workdir, where=where)
     tx, names = optim.make(config.train), ready.source.names
     abstract, place = state.shardings(ready.cfg, tx, ready.mesh, with_ema=config.train.ema > 0)
-    saved = checkpoint.Checkpointer(ready.workdir, read_only=True)
+    saved = checkpoint.Checkpointer(ready.workdir)
     try:
-        latest = saved.latest()
-        if latest is None:
-            raise UserError(f"{ready.workdir}/checkpoints holds no finished checkpoint yet.")
-        checkpoint.check_same_run(saved.meta(latest), config, saved.path, ready.source)
-        current = saved.restore(latest, abstract, place)
+        found = resume.newest(saved, config, ready.source, abstract, place, set_aside=False)
     finally:
         saved.close()
+    if found is None:
+        raise UserError(f"{ready.workdir}/checkpoints holds no finished checkpoint yet.")
+    latest, _, current = found
     params, held_out = current.ema or current.params, ready.source.held_out()
     eval_step = step.make_eval_step(config, ready.cfg, ready.mesh, place.params, datasets=len(names))
     with jax.set_mesh(ready.mesh):
@@ -111,6 +110,12 @@ def summarise(sums: dict, names: tuple[str, ...]) -> dict[str, dict[str, float]]
                 "targets": int(count),
             }
     return out
+
+
+def loss(found: dict[str, dict]) -> dict[str, float] | None:
+    """What `token_metrics` found -> {"loss": by which the best checkpoints are chosen}: nll and flow loss, the mean over datasets."""
+    each = [of.get("nll", 0.0) for of in found.values()], [of.get("flow", 0.0) for of in found.values()]
+    return {"loss": float(np.mean(np.add(*each)))} if found else None
 
 
 def action_unigram_entropy(source: Source, *, chunks: int = 4096) -> dict[str, float]:

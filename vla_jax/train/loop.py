@@ -20,11 +20,12 @@ from vla_jax.data.stream import Stream, initial_state
 from vla_jax.models import attention, flops, lora, presets, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens import files
-from vla_jax.train import checkpoint, evaluate, metrics, optim, state, step
+from vla_jax.train import evaluate, metrics, optim, resume, state, step
 from vla_jax.train.checkpoint import Checkpointer, Meta
 from vla_jax.train.evaluate import Evaluation
+from vla_jax.train.interruption import Interruption, Watch
 from vla_jax.train.meter import Meter, Profile, memory, utilisation
-from vla_jax.types import TrainState, UserError
+from vla_jax.types import Interrupted, TrainState, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Run:
 
 def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Run:
     """Opens everything and checks that it fits together. Raises: UserError, before a parameter is created."""
+    distributed.agree_versions()
     if "://" in str(workdir):
         raise UserError(
             f"workdir {workdir} is a URL, and a run is kept in a folder: mount the bucket (gcsfuse, say) and name the folder there."
@@ -80,20 +82,20 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
 def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = None) -> TrainState:
     """Trains from the newest checkpoint in the workdir, or from the start, to `train.steps`; returns the final state.
 
-    profile: (first, last) step of which a trace is written to workdir/profile. Raises: UserError, besides what the parts raise, when
-    train.max_skips steps in a row had to be skipped.
+    profile: (first, last) step of which a trace is written to workdir/profile. Raises: Interrupted, with everything saved, after SIGTERM or
+    SIGINT to any process; UserError, besides what the parts raise, when train.max_skips steps in a row had to be skipped.
     """
     config, t, names = run.config, run.config.train, run.source.names
     if profile and profile[0] > t.steps:
         raise UserError(f"--profile={profile[0]}:{profile[1]}: the run has {t.steps} steps (train.steps)")
+    resume.remember(config, run.workdir)
     tx, with_ema, main = optim.make(t), t.ema > 0, distributed.is_main()
     abstract, where = state.shardings(run.cfg, tx, run.mesh, with_ema=with_ema)
-    checkpoints = Checkpointer(run.workdir, keep=t.keep)
-    first, flow, clock = checkpoints.latest() or 0, initial_state(config), (0.0, 0.0)
-    if first:
-        meta = checkpoints.meta(first)
-        checkpoint.check_same_run(meta, config, checkpoints.path, run.source)
-        current, clock = state.started_again(checkpoints.restore(first, abstract, where)), (meta.productive_s, meta.started)
+    checkpoints = Checkpointer(run.workdir, t)
+    first, flow, clock = 0, initial_state(config), (0.0, 0.0)
+    if found := resume.newest(checkpoints, config, run.source, abstract, where):
+        first, meta, restored = found
+        current, clock = state.started_again(restored), (meta.productive_s, meta.started)
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
         current = state.create(
@@ -117,11 +119,14 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
         checkpoints,
         stream,
         ahead,
+        Interruption() as interruption,
+        Watch(t.hang_s) as watch,
         Profile(run.workdir / "profile", profile if main else None) as trace,
         metrics.Writer(run.workdir, config, first=first, quiet=quiet) as writer,
     ):
         writer.log(first, {"data": _used(run.source)})
         for now in range(first + 1, t.steps + 1):
+            watch.beat(now, "waiting for its batch, or for the step before it")
             trace.before(now)
             with jax.transfer_guard("disallow"):  # nothing crosses between host and devices: the batch is there already
                 if not ahead.ready():  # what the devices still work through is no waiting for data
@@ -142,12 +147,20 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
                 values |= _held(run, values.pop("work"), values["step_s"]) | _counted(run, stream, after) | {"memory": memory()}
                 writer.log(now, {"train": values}, show=_line(values))
                 _halt(values, now, t, checkpoints)
+            measures = {}
             if evaluation.due(now):
+                watch.beat(now, "evaluating")
                 with meter.waiting("eval"):
-                    writer.log(now, {"eval": evaluation(current.ema or current.params)})
-            if now % t.save_every == 0 or now == t.steps:  # before the next batch is taken
+                    measures = evaluation(current.ema or current.params)
+                writer.log(now, {"eval": measures})
+            ends = interruption.reached(now) and now < t.steps
+            if ends or now % t.save_every == 0 or now == t.steps:  # before the next batch is taken
+                watch.beat(now, "saving a checkpoint")
                 with meter.waiting("checkpoint"):
-                    checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter))
+                    checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter), evaluate.loss(measures))
+            if ends:
+                checkpoints.wait()
+                raise Interrupted(now, t.steps, checkpoints.latest() or 0)
     return current
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from vla_jax import distributed
 from vla_jax.config import Config
+from vla_jax.console import say
 from vla_jax.types import UserError
 
 FILE = "metrics.jsonl"
@@ -21,17 +26,15 @@ class Writer:
     def __init__(self, workdir: Path, config: Config, *, first: int, quiet: bool = False):
         """Raises: UserError when train.wandb is set and W&B is not installed."""
         self.active = distributed.is_main()
-        self._file = self._board = self._bar = self._wandb = None
+        self._board = self._bar = self._wandb = None
+        self._lines, self._full = [], False  # not written yet
         if self.active:
-            from tensorboardX import SummaryWriter
             from tqdm import tqdm
 
             workdir.mkdir(parents=True, exist_ok=True)
             self._wandb = _wandb(workdir, config)
-            self._file = open(workdir / FILE, "a")
-            if not _ends_whole(workdir / FILE):  # a process that was killed while it wrote: its half line stays alone
-                self._file.write("\n")
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
+            self._path = workdir / FILE
+            self._board = _Board(workdir / "tensorboard")
             # in a log file one line every ten seconds is enough
             every = 0.2 if sys.stderr.isatty() else 10
             self._bar = tqdm(total=config.train.steps, initial=first, unit="step", disable=quiet, dynamic_ncols=True, mininterval=every)
@@ -42,29 +45,86 @@ class Writer:
     def __exit__(self, *exc) -> None:
         if self.active:
             self._bar.close()
-            self._board.close()
-            self._file.close()
+            with self._disk():
+                self._board.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(exc[0] is not None))
 
     def progress(self, step: int) -> None:
         if self.active:
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):  # of the log: see console.say
+                self._bar.update(step - self._bar.n)
 
     def log(self, step: int, values: dict, *, show: str = "") -> None:
         """`show` is the text beside the progress bar."""
         if not self.active:
             return
         flat = flatten(values)
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **flat}) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps({"step": step, "time": round(time.time(), 3), **flat}) + "\n")
         numbers = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
-        for key, value in numbers.items():
-            self._board.add_scalar(key, value, step)
+        with self._disk():
+            _append(self._path, self._lines)
+            self._board.write(step, numbers)
         if self._wandb:
             self._wandb.log(numbers, step=step)
         if show:
-            self._bar.set_postfix_str(show)
+            with contextlib.suppress(OSError):
+                self._bar.set_postfix_str(show)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A full disk costs no run: it is said once, and lines wait for it, the newest thousand."""
+        try:
+            yield
+            self._full = False
+        except OSError as e:
+            if not self._full:
+                say(f"{self._path} cannot be written ({e.strerror}). The run goes on; its lines wait for room.")
+            self._full = True
+            del self._lines[:-1000]
+
+
+class _Board:
+    """TensorBoard's files, written here and now: tensorboardX's own writer does it in a thread that a full disk ends, and then whoever
+    logs waits for it forever. After a failure a new file is begun, since a reader stops where a record is cut off."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._file, self._files = folder, None, 0
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Raises: OSError."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        try:
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._files += 1
+                self._file = EventsWriter(str(self._folder / f"events{self._files}"))
+            values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
+            self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._file.flush()
+        except OSError:
+            self._file = None
+            raise
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    """Takes from `lines` what is in the file, whole: what was cut off by a full disk or a killed process stays a line alone."""
+    while lines:
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - 1, 0))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            data = start + lines[0].encode()
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        lines.pop(0)
 
 
 def _wandb(workdir: Path, config: Config):
@@ -109,11 +169,3 @@ def read(workdir: Path) -> list[dict]:
         if isinstance(found, dict) and "step" in found:
             out.append(found)
     return out
-
-
-def _ends_whole(path: Path) -> bool:
-    """Whether a file ends with a line's end, or holds nothing."""
-    with open(path, "rb") as f:
-        size = f.seek(0, 2)
-        f.seek(max(size - 1, 0))
-        return f.read(1) in (b"", b"\n")

@@ -1,0 +1,91 @@
+"""Where a run goes on: the newest step that is whole, if it is this run's."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from pathlib import Path
+
+from vla_jax import config as configs
+from vla_jax import distributed
+from vla_jax.console import say
+from vla_jax.tokens import files
+from vla_jax.train.checkpoint import Checkpointer, Damaged, Meta
+from vla_jax.types import TrainState, UserError
+
+
+def newest(checkpoints: Checkpointer, config: configs.Config, source, abstract: TrainState, where: TrainState, *, set_aside: bool = True):
+    """(step, Meta, state) of the newest whole step; None when nothing was saved yet. Steps that are damaged are named, and set aside
+    so that they can be written again. source: the opened data.source.Source. Every process calls it. Raises: UserError when the run is another one (check_same_run), or when no step is whole."""
+    damaged: list[int] = []
+    for step in reversed(checkpoints.steps()):
+        try:
+            meta = checkpoints.meta(step)
+            check_same_run(meta, config, checkpoints.path, source)
+            found = step, meta, checkpoints.restore(step, abstract, where)
+        except Damaged as e:
+            if distributed.is_main():
+                say(f"{e}; looking for the one before it")
+            damaged.append(step)
+            continue
+        if damaged and set_aside:
+            checkpoints.set_aside(damaged)
+        return found
+    if damaged:
+        raise UserError(
+            f"none of the checkpoints in {checkpoints.path} is whole ({', '.join(map(str, damaged))}; the reasons are above). Put a good copy there, or "
+            "use another --workdir to start from the beginning."
+        )
+    return None
+
+
+def remember(config: configs.Config, workdir: Path) -> None:
+    """Notes whose run this folder is, before its first checkpoint. Raises: UserError when it is that of another config."""
+    file, mine = workdir / "config.json", {"digest": config.digest(), "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    try:
+        old = json.loads(file.read_text()) if file.exists() else None
+    except ValueError:
+        old = None  # half-written by a process that was killed
+    if old is not None:
+        check_config(configs.from_dict(old["config"], where=str(file)), config, workdir)
+    elif distributed.is_main():
+        file.write_text(json.dumps(mine, indent=1))
+
+
+def check_config(old: configs.Config, config: configs.Config, where: Path) -> None:
+    """Raises: UserError when a run of the one config cannot go on with the other."""
+    if old.digest() != config.digest():
+        a, b = configs.flatten(dataclasses.asdict(old)), configs.flatten(dataclasses.asdict(config))
+        changed = [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
+        raise UserError(f"{where} holds a run with another config ({'; '.join(changed[:6])}). Use another --workdir, or the same config.")
+
+
+def check_same_run(meta: Meta, config: configs.Config, where: Path, source) -> None:
+    """source: the opened data.source.Source. Raises: UserError when the folder holds a run with another config, other
+    tokenizers or another mixture."""
+    fingerprint, layout = source.fingerprint(), source.layout
+    old = configs.from_dict(json.loads(json.dumps(meta.config)), where=str(where))
+    check_config(old, config, where)
+    for name, same in (
+        ("action tokenizer", meta.action_tokenizer["digest"] == files.to_json(layout.action)["digest"]),
+        ("text tokenizer", base64.b64decode(meta.text_model) == layout.text.model),
+    ):
+        if not same:
+            raise UserError(
+                f"{where} was trained with another {name} than the one found now. Put back the file it had (action_tokenizer.json in the workdir, tokens.action_path or tokens.text_model), or use another --workdir."
+            )
+    if (
+        meta.mixture != fingerprint
+        and config.train.allow_new_mixture
+        and layout.state == "continuous"
+        and meta.state_dim != source.shape[2]
+    ):
+        raise UserError(
+            f"{where} was trained on states of {meta.state_dim} numbers (its mixture's largest) and the new mixture has {source.shape[2]}. "
+            "Use another --workdir, or a mixture of the same size."
+        )
+    if meta.mixture != fingerprint and not config.train.allow_new_mixture:
+        raise UserError(
+            f"the data changed since {where} was written (mixture {meta.mixture} -> {fingerprint}). Set --config.train.allow_new_mixture=true to go on with the new data from its start."
+        )
