@@ -13,6 +13,8 @@ FLOORS = {
     "config": 0,
     "paths": 0,
     "tree": 0,
+    "console": 0,
+    "launch": 1,
     "hardware": 0,
     "__init__": 0,
     "distributed": 1,

@@ -1,0 +1,135 @@
+"""Real processes under attack: each fault once, and the finished run is the undisturbed one, bit for bit."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vla_jax.bench import faults
+from vla_jax.types import UserError
+
+STUCK = """import os, sys, threading, time
+def wait_for_it():
+    while not hasattr(sys.modules.get("vla_jax.data.stream"), "initial_state"):
+        time.sleep(0.005)
+    stream, made = sys.modules["vla_jax.data.stream"].Stream, [0]
+    real = stream._finish
+    def stuck_in_here(self, pending):
+        made[0] += 1
+        time.sleep(600 if made[0] > 5 else 0)
+        return real(self, pending)
+    stream._finish = stuck_in_here
+if os.environ.get("VLA_PROCESS_ID") == "1":
+    threading.Thread(target=wait_for_it, daemon=True).start()
+"""
+soak = pytest.mark.skipif(not os.environ.get("VLA_SOAK"), reason="the long form: VLA_SOAK=1, as .ci/run sets it")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tabletop, tmp_path_factory):
+    """(folder, what came of a run of two processes that nothing happened to)."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "turned").mkdir()
+    (folder / "turned" / "sitecustomize.py").write_text(faults._TURNED)
+    faults.finish(faults.Job(tabletop, folder / "undisturbed"))
+    return folder, faults.outcome(folder / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["kill_in_save", "terminate", "flip", "full"])
+def test_a_run_survives(name, undisturbed, tabletop):
+    folder, expected = undisturbed
+    job = faults.Job(tabletop, folder / name)
+    line = faults.one(job, name, random.Random(3), expected)
+    assert line["survived"], line
+    log = "".join(p.read_text() for p in sorted(job.workdir.glob("start*.log")))
+    says = {
+        "kill_in_save": "",
+        "terminate": "stopped on request after step",
+        "flip": f"checkpoints/{line.get('damaged')} is damaged",
+        "full": "could not be written",
+    }
+    assert says[name] in log
+    if name == "flip":
+        assert (job.workdir / "damaged" / str(line["damaged"])).is_dir()
+    if name == "terminate":  # to one process; both saved the same step, and nothing was lost
+        assert line["codes"] == [0, 0] and line["lost_steps"] == 0
+
+
+@soak
+@pytest.mark.parametrize("name", ["kill", "interrupt", "stop", "truncate", "shard", "clock"])
+def test_a_run_survives_also(name, undisturbed, tabletop):
+    folder, expected = undisturbed
+    line = faults.one(faults.Job(tabletop, folder / name), name, random.Random(4), expected)
+    assert line["survived"], line
+
+
+@soak
+def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tabletop):
+    """Killed with two processes of two devices, finished with four of one, then with one of four: the same samples, and losses that differ
+    by no more than the order of sums."""
+    folder, expected = undisturbed
+    job = faults.Job(tabletop, folder / "other")
+    for processes, until in ((2, 7), (4, 15), (1, faults.STEPS)):
+        job.processes = processes
+        job.start()
+        if until < faults.STEPS:
+            assert job.until(lambda until=until: job.step() >= until), job.log.read_text()[-2000:]
+            job.signal(signal.SIGKILL)
+            job.wait()
+        else:
+            assert job.wait() == [0], job.log.read_text()[-2000:]
+    found = faults.outcome(job.workdir)
+    assert found["stream"] == expected["stream"] and found["losses"].keys() == expected["losses"].keys()
+    for step, loss in found["losses"].items():
+        assert abs(loss - expected["losses"][step]) <= 1e-5 * abs(loss), step
+
+
+def test_what_differs_is_named(undisturbed):
+    _, expected = undisturbed
+    other = {**expected, "sums": {**expected["sums"], "step": 1}, "losses": {**expected["losses"], 3: 0.5}, "stream": []}
+    assert faults.differences(expected, expected) == []
+    assert faults.differences(other, expected) == ["array step", "the order of the samples", "loss of step 3"]
+    with pytest.raises(UserError, match="no fault flood; there are: kill"):
+        next(faults.run(Path("/nowhere"), n=1, only=("flood",)))
+
+
+def test_a_hung_peer_ends_the_others(undisturbed, tabletop):
+    """By the heartbeat, if the process is stopped; by the watch, with stacks, if it lives and does nothing: here every process waits for
+    a batch of data that never comes."""
+    folder, _ = undisturbed
+    (folder / "stuck").mkdir()
+    (folder / "stuck" / "sitecustomize.py").write_text(STUCK)
+    env = {"PYTHONPATH": f"{folder / 'stuck'}:{os.environ.get('PYTHONPATH', '')}"}
+    job = faults.Job(tabletop, folder / "hung", more=("train.hang_s=25.0",), env=env)
+    job.start()
+    codes = job.wait()
+    text = job.log.read_text()
+    assert 124 in codes and 0 not in codes, text[-3000:]
+    assert "has not moved for" in text and "stuck_in_here" in text and "step 6" in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_file_system(undisturbed, tabletop, tmp_path):
+    """A tmpfs on which two checkpoints fit and a third does not: steps are lost, the run is not; with more room its last one is there."""
+    _, expected = undisturbed
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False).returncode:
+        pytest.skip("this system mounts no tmpfs for us")
+    try:
+        job = faults.Job(tabletop, place / "run", logs=tmp_path)
+        job.start()
+        assert job.until(lambda: (job.workdir / "checkpoints" / "4").exists())
+        room = shutil.disk_usage(place).free
+        with open(place / "ballast", "wb") as f:
+            f.write(b"\0" * (room - 100_000))
+        assert job.until(lambda: "could not be written" in job.log.read_text()), job.log.read_text()[-2000:]
+        (place / "ballast").unlink()
+        assert job.wait() == [0, 0]
+        assert faults.differences(faults.outcome(job.workdir), expected) == []
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
