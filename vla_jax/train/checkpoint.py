@@ -112,6 +112,8 @@ class Checkpointer:
     def _give_up(self, problem: Exception) -> None:
         self.failed += 1
         step, self._writing = self._writing, None
+        with contextlib.suppress(Exception):  # what it still writes of this step would come back after it is removed
+            self._manager.wait_until_finished()
         if distributed.is_main():
             for left in (*self.path.glob(f"{step}.orbax-checkpoint-tmp*"), self.path / str(step)):
                 if left.exists():

@@ -44,11 +44,11 @@ def remember(config: configs.Config, workdir: Path) -> None:
     """Notes whose run this folder is, before its first checkpoint. Raises: UserError when it is that of another config."""
     file, mine = workdir / "config.json", {"digest": config.digest(), "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     try:
-        old = json.loads(file.read_text()) if file.exists() else None
-    except ValueError:
-        old = None  # half-written by a process that was killed
-    if old is not None:
-        check_config(configs.from_dict(old["config"], where=str(file)), config, workdir)
+        old = json.loads(file.read_text())["config"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        old = None  # not there, or half-written by a process that was killed
+    if isinstance(old, dict):
+        check_config(configs.from_dict(old, where=str(file)), config, workdir)
     elif distributed.is_main():
         file.write_text(json.dumps(mine, indent=1))
 

@@ -1,0 +1,119 @@
+"""Which checkpoints stay, onto what they can be restored, and whose a folder is."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vla_jax.train import checkpoint, evaluate, loop, optim, resume, state
+from vla_jax.types import UserError
+
+
+def kept(workdir) -> list[int]:
+    return sorted(int(d.name) for d in (workdir / "checkpoints").iterdir() if d.name.isdigit())
+
+
+@pytest.mark.parametrize(
+    "over, expected",
+    [
+        (("train.keep=1",), [8]),
+        (("train.keep=2",), [7, 8]),
+        (("train.keep=1", "train.keep_every=3"), [3, 6, 8]),
+        (("train.keep=1", "train.keep_best=2"), [2, 6, 8]),
+        (("train.keep=2", "train.keep_every=5", "train.keep_best=1"), [5, 6, 7, 8]),
+    ],
+)
+def test_retention(tiny, tmp_path, monkeypatch, over, expected):
+    """Eight steps, all saved, every second one evaluated: 0.3, 0.9, 0.2, 0.8 at steps 2, 4, 6, 8."""
+    losses = iter([0.3, 0.9, 0.2, 0.8])
+    monkeypatch.setattr(evaluate.Evaluation, "__call__", lambda self, params: {"a": {"nll": next(losses)}})
+    c = tiny("train.steps=8", "train.save_every=1", "train.eval_every=2", *over)
+    loop.train(loop.prepare(c, tmp_path), quiet=True)
+    assert kept(tmp_path) == expected
+
+
+def test_the_loss_by_which_the_best_are_chosen():
+    assert evaluate.loss({}) is None
+    assert evaluate.loss({"a": {"nll": 1.0}, "b": {"nll": 2.0, "flow": 0.5}})["loss"] == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize(
+    "over",
+    [("mesh.data=8", "mesh.fsdp=1"), ("mesh.data=1", "mesh.fsdp=8"), ("mesh.fsdp=2", "mesh.tensor=2"), ("train.moment_dtype=bfloat16",)],
+)
+def test_onto_another_mesh_or_dtype(tiny, tmp_path, over):
+    """Restored as it was saved, rounded where the first moment has another dtype; and the run goes on."""
+    base = ("train.steps=2", "train.save_every=2")
+    loop.train(loop.prepare(tiny(*base), tmp_path), quiet=True)
+    run = loop.prepare(tiny(*base), tmp_path)
+    host = lambda tree: jax.tree.map(np.asarray, tree)
+
+    def newest(run):
+        abstract, where = state.shardings(run.cfg, optim.make(run.config.train), run.mesh, with_ema=False)
+        with checkpoint.Checkpointer(tmp_path) as saved:
+            return abstract, resume.newest(saved, run.config, run.source, abstract, where)[2]
+
+    before = host(newest(run)[1])
+    other = loop.prepare(tiny(*base, *over), tmp_path)
+    abstract, after = newest(other)
+    jax.tree.map(lambda a, x: np.testing.assert_equal(a.dtype, x.dtype), abstract, after)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), before, host(after))
+    final = loop.train(loop.prepare(tiny("train.steps=3", "train.save_every=2", *over), tmp_path), quiet=True)
+    assert int(final.step) == 3
+
+
+def test_a_folder_belongs_to_one_config_from_its_first_start(tiny, tmp_path):
+    """Before there is any checkpoint; a half-written note is none, and what does not change what is learned may differ."""
+    c = tiny("train.steps=1")
+    resume.remember(c, tmp_path)
+    resume.remember(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=9, keep=5, hang_s=1.0)), tmp_path)
+    with pytest.raises(UserError, match=r"another config \(train.lr: "):
+        resume.remember(dataclasses.replace(c, train=dataclasses.replace(c.train, lr=1.0)), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text()[:100])
+    resume.remember(c, tmp_path)
+    for odd in ("[]", "{}", '{"config": 3}', "null"):
+        file.write_text(odd)
+        try:
+            resume.remember(c, tmp_path)
+        except UserError as e:
+            assert "config" in str(e)
+
+
+def test_no_whole_checkpoint_is_no_new_beginning(tiny, tmp_path):
+    """All damaged: refused, with the reasons; nothing is overwritten."""
+    c = tiny("train.steps=2", "train.save_every=1")
+    loop.train(loop.prepare(c, tmp_path), quiet=True)
+    for step in (1, 2):
+        meta = tmp_path / "checkpoints" / str(step) / "meta" / "metadata"
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "vocab": 7}))
+    with pytest.raises(UserError, match=r"none of the checkpoints .* is whole \(2, 1"):
+        loop.train(loop.prepare(c, tmp_path), quiet=True)
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_a_save_that_fails_costs_that_step_alone(tiny, tmp_path, monkeypatch, capfd):
+    """The store refuses the second of three steps when it is asked, or the first while it writes; what is left of it is removed."""
+    import orbax.checkpoint as ocp
+
+    c = tiny("train.steps=3", "train.save_every=1", "train.keep=5")
+    for when, lost in (("save", 2), ("wait_until_finished", 1)):
+        real, calls = getattr(ocp.CheckpointManager, when), []
+
+        def refuse(self, *args, real=real, calls=calls, lost=lost, **more):
+            calls.append(1)
+            out = real(self, *args, **more)
+            if len(calls) == 2:
+                (self.directory / f"{lost}.orbax-checkpoint-tmp").mkdir(exist_ok=True)
+                raise OSError(28, "No space left on device")
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, when, refuse)
+            loop.train(loop.prepare(c, tmp_path / when), quiet=True)
+        assert kept(tmp_path / when) == [s for s in (1, 2, 3) if s != lost] and not list((tmp_path / when / "checkpoints").glob("*tmp*"))
+        said = capfd.readouterr().err
+        assert f"checkpoints/{lost} could not be written (OSError: [Errno 28]" in said
+        assert f"it can be resumed from: {'[1]' if lost == 2 else 'its start only'}" in said
