@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from vla_jax import config, launch
+from vla_jax.bench import goodput
 from vla_jax.cli.arguments import command, counts, folder, positive, span, words
 from vla_jax.types import UserError
 
@@ -96,6 +97,12 @@ def add(commands) -> None:
         "--workdir", default="runs/faults", type=folder, metavar="DIR", help="for data and runs; those that were lost stay"
     )
     attacked.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
+    week = command(bench, "goodput", _bench_goodput, "what a run loses to machines that come and go: a simulation, of what is assumed here")
+    for f in dataclasses.fields(goodput.Fleet):
+        kind = int if f.type == "int" else float
+        week.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"default: {f.default:g}")
+    week.add_argument("--days", type=float, default=7.0, help="default: 7")
+    week.add_argument("--seed", type=int, default=0)
     for p in (data, step, tokens, decode, attention):
         p.add_argument("--repeats", type=positive, default=5)
         p.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
@@ -277,6 +284,14 @@ def _bench_faults(args) -> int:
     for line in faults.run(Path(args.workdir), n=args.n, processes=args.processes, seed=args.seed, only=args.only):
         _show({"bench": "faults", **line, **stamp()}, args.out)
     return 1 if line["lost"] else 0
+
+
+def _bench_goodput(args) -> int:
+    fleet = goodput.Fleet(**{f.name: getattr(args, f.name) for f in dataclasses.fields(goodput.Fleet)})
+    found = goodput.simulate(fleet, days=args.days, seed=args.seed)
+    assumed = dataclasses.asdict(fleet) | {"days": args.days, "seed": args.seed}
+    print(json.dumps({"bench": "goodput", "simulated": True, **found, "assumed": assumed}))
+    return 0
 
 
 def _bench_attention(args) -> int:

@@ -1,0 +1,45 @@
+"""The simulation of a week against what can be said without one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from vla_jax.bench.goodput import Fleet, simulate
+from vla_jax.types import UserError
+
+
+def test_without_failures_only_stalls_are_lost():
+    fleet = Fleet(mtbf_h=1e12, save_every=100, step_s=0.5, stall_s=10.0)
+    assert simulate(fleet)["goodput"] == pytest.approx(50 / 60, abs=1e-3)
+    assert simulate(fleet)["failures"] == 0
+
+
+def test_against_the_expectation():
+    """Unannounced failures lose half a cycle and the save that was under way, and wait to be noticed and started again; announced
+    ones lose nothing and wait for their save. Over many weeks."""
+    fleet = Fleet(
+        hosts=32, mtbf_h=400.0, announced=0.5, step_s=1.0, save_every=1000, stall_s=5.0, save_s=60.0, detect_s=100.0, restart_s=300.0
+    )
+    found = [simulate(fleet, seed=s) for s in range(1500)]
+    mean, cycle = 400 * 3600 / 32, 1005.0
+    each = mean + 0.5 * 60 + 0.5 * 100 + 300 + 300 * 300 / mean  # from failure to failure
+    lost = 0.5 * (cycle / 2 + 60)
+    assert np.mean([f["goodput"] for f in found]) == pytest.approx((mean * 1000 / cycle - lost) / each, abs=0.004)
+    assert np.mean([f["failures"] for f in found]) == pytest.approx(7 * 86400 / each, rel=0.03)
+    for f in found:
+        assert f["goodput"] * 168 + f["lost_h"] + f["waiting_h"] == pytest.approx(168)
+
+
+def test_youngs_interval_is_about_the_best():
+    fleet = Fleet(hosts=128, mtbf_h=500.0, announced=0.0, stall_s=5.0)
+    best = simulate(fleet)["daly_steps"]
+    at = lambda steps: np.mean([simulate(dataclasses.replace(fleet, save_every=steps), seed=s)["goodput"] for s in range(40)])
+    assert at(best) > at(best * 8) and at(best) > at(max(best // 8, 1))
+
+
+def test_the_same_seed_gives_the_same_week():
+    assert simulate(Fleet(), seed=3) == simulate(Fleet(), seed=3) != simulate(Fleet(), seed=4)
+    for odd in (Fleet(hosts=0), Fleet(announced=2.0), Fleet(mtbf_h=0.0), Fleet(save_every=0)):
+        with pytest.raises(UserError, match="nothing to simulate"):
+            simulate(odd)
