@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,21 @@ import pytest
 from vla_jax.bench import faults
 from vla_jax.types import UserError
 
-STUCK = """import os, sys, threading, time
+ODD = """import os, sys, threading, time
 def wait_for_it():
     while not hasattr(sys.modules.get("vla_jax.data.stream"), "initial_state"):
         time.sleep(0.005)
     stream, made = sys.modules["vla_jax.data.stream"].Stream, [0]
     real = stream._finish
-    def stuck_in_here(self, pending):
+    def odd_in_here(self, pending):
         made[0] += 1
-        time.sleep(600 if made[0] > 5 else 0)
+        if made[0] > 5:
+            WHAT
         return real(self, pending)
-    stream._finish = stuck_in_here
+    stream._finish = odd_in_here
 if os.environ.get("VLA_PROCESS_ID") == "1":
     threading.Thread(target=wait_for_it, daemon=True).start()
-"""
+"""  # what a process is made to do with its sixth batch
 soak = pytest.mark.skipif(not os.environ.get("VLA_SOAK"), reason="the long form: VLA_SOAK=1, as .ci/run sets it")
 
 
@@ -55,7 +57,7 @@ def test_a_run_survives(name, undisturbed, tabletop):
     if name == "flip":
         assert (job.workdir / "damaged" / str(line["damaged"])).is_dir()
     if name == "terminate":  # to one process; both saved the same step, and nothing was lost
-        assert line["codes"] == [0, 0] and line["lost_steps"] == 0
+        assert line["codes"] == [75, 75] and line["lost_steps"] == 0
 
 
 @soak
@@ -96,19 +98,30 @@ def test_what_differs_is_named(undisturbed):
         next(faults.run(Path("/nowhere"), n=1, only=("flood",)))
 
 
-def test_a_hung_peer_ends_the_others(undisturbed, tabletop):
-    """By the heartbeat, if the process is stopped; by the watch, with stacks, if it lives and does nothing: here every process waits for
-    a batch of data that never comes."""
-    folder, _ = undisturbed
-    (folder / "stuck").mkdir()
-    (folder / "stuck" / "sitecustomize.py").write_text(STUCK)
-    env = {"PYTHONPATH": f"{folder / 'stuck'}:{os.environ.get('PYTHONPATH', '')}"}
-    job = faults.Job(tabletop, folder / "hung", more=("train.hang_s=25.0",), env=env)
+def odd(folder: Path, name: str, what: str, tabletop, *more: str) -> tuple[list[int], str]:
+    """(exit codes, log) of a job whose second process does that."""
+    (folder / name).mkdir()
+    (folder / name / "sitecustomize.py").write_text(ODD.replace("WHAT", what))
+    env = {"PYTHONPATH": f"{folder / name}:{os.environ.get('PYTHONPATH', '')}"}
+    job = faults.Job(tabletop, folder / f"{name}_run", more=more, env=env)
     job.start()
-    codes = job.wait()
-    text = job.log.read_text()
+    return job.wait(), job.log.read_text()
+
+
+def test_a_hung_peer_ends_the_others(undisturbed, tabletop):
+    """A process that lives and does nothing: every process waits, for it or with it, and is ended by its own watch, with stacks."""
+    codes, text = odd(undisturbed[0], "hung", "time.sleep(600)", tabletop, "train.hang_s=25.0")
     assert 124 in codes and 0 not in codes, text[-3000:]
-    assert "has not moved for" in text and "stuck_in_here" in text and "step 6" in text
+    assert "has not moved for" in text and "odd_in_here" in text and "step 6" in text
+
+
+def test_an_error_of_one_ends_all(undisturbed, tabletop):
+    """With its traceback, and at once: nobody waits for it in a collective, and it waits for nobody at its end."""
+    before = time.monotonic()
+    codes, text = odd(undisturbed[0], "wrong", "raise ZeroDivisionError('of one alone')", tabletop)
+    assert codes[1] == 1 and codes[0] != 0, text[-3000:]
+    assert "ZeroDivisionError: of one alone" in text and "has not moved" not in text
+    assert time.monotonic() - before < 100  # the start, and less than jax's shutdown would wait for the others
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")

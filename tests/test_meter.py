@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,54 @@ def test_a_half_written_line_takes_no_other_with_it(tiny, tmp_path):
         writer.log(11, {"a": 2.0})
     assert [x["step"] for x in metrics.read(tmp_path)] == [1, 10, 11] and metrics.began(tmp_path) == 5.0
     assert cli.main(["runs", str(tmp_path), f"--out={tmp_path / 'p.html'}"]) == 0
+
+
+def test_a_full_disk_costs_no_line(tiny, tmp_path, capfd):
+    """Lines wait while there is no room (/dev/full has none), once said; then they are all there, in order."""
+    with metrics.Writer(tmp_path, tiny(), first=0, quiet=True) as writer:
+        writer.log(1, {"a": 1.0})
+        path, writer._path = writer._path, Path("/dev/full")
+        writer.log(2, {"a": 2.0})
+        writer.log(3, {"a": 3.0})
+        writer._path = path
+        writer.log(4, {"a": 4.0})
+        writer._path = Path("/dev/full")
+        writer.log(5, {"a": 5.0})
+        writer._path = path
+    assert [(x["step"], x["a"]) for x in metrics.read(tmp_path)] == [(n, float(n)) for n in range(1, 6)]
+    assert capfd.readouterr().err.count("cannot be written (No space left on device)") == 2
+
+
+def test_tensorboards_files(tmp_path, monkeypatch):
+    """Read back record by record; after a write that failed in its middle a new file is begun."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+
+    board, real = metrics._Board(tmp_path), EventsWriter.write_event
+    board.write(1, {"train/loss": 2.5, "n": 3})
+
+    def cut(self, event):
+        self._py_recordio_writer.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventsWriter, "write_event", cut)
+        with pytest.raises(OSError, match="No space"):
+            board.write(2, {"train/loss": 2.0})
+    assert EventsWriter.write_event is real
+    board.write(3, {"train/loss": 1.5})
+    board.close()
+    found = {}
+    for file in tmp_path.iterdir():
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            record, at = data[at + 12 : at + 12 + size], at + 16 + size
+            if record != b"half":
+                event = Event.FromString(record)
+                found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+    assert found == {(1, "train/loss"): 2.5, (1, "n"): 3.0, (3, "train/loss"): 1.5}
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_saving_goes_on_beside_the_steps_and_ema_is_evaluated(tiny, tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_a_folder_belongs_to_one_config_from_its_first_start(tiny, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(file.read_text()[:100])
     resume.remember(c, tmp_path)
-    for odd in ("[]", "{}", '{"config": 3}', "null"):
+    for odd in ("[]", "{}", '{"train": 3}', "null"):
         file.write_text(odd)
         try:
             resume.remember(c, tmp_path)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vla_jax.launch import RESUMABLE
 from vla_jax.train import metrics
 from vla_jax.types import UserError
 
@@ -61,6 +62,7 @@ class Job:
             "VLA_COORDINATOR": f"localhost:{port}",
             "VLA_NUM_PROCESSES": str(self.processes),
             "VLA_HEARTBEAT_S": str(_HEARTBEAT_S),
+            "VLA_RESUMABLE_EXIT": str(RESUMABLE),
         }
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.log, self.starts, self.running = (self.logs or self.workdir) / f"start{self.starts}.log", self.starts + 1, []
@@ -129,11 +131,11 @@ def kill_in_save(job: Job, pick: random.Random) -> dict | None:
 
 
 def terminate(job: Job, pick: random.Random, number: int = signal.SIGTERM) -> dict | None:
-    """SIGTERM to a random process, as before a preemption: all save at the same step and end with 0."""
+    """SIGTERM to a random process, as before a preemption: all save at the same step and end with the code that launchers ask for."""
     job.signal(number, pick.randrange(job.processes))
     codes = job.wait()
-    if any(codes):
-        raise UserError(f"after a signal the processes ended with {codes}, not 0: {job.log}")
+    if set(codes) != {RESUMABLE}:
+        raise UserError(f"after a signal the processes ended with {codes}, not {RESUMABLE}: {job.log}")
     return {"codes": codes}
 
 

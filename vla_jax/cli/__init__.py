@@ -10,18 +10,19 @@ import traceback
 from vla_jax import __version__, config, distributed
 from vla_jax.cli import data, runs, tokens
 from vla_jax.cli.arguments import Parser
+from vla_jax.console import say
 from vla_jax.types import Interrupted, UserError
 
 
 def program() -> int:
     """`main`, as a process of its own. One of several that fails, perhaps alone, ends at once: at its exit jax would wait for the others,
-    who wait for it in a collective."""
+    who wait for it in a collective. Where all end together, done or stopped on request, jax sees to it that none takes the others with it."""
     try:
         code = main()
     except Exception:
         traceback.print_exc()
         code = 1
-    if code and distributed.several():
+    if code not in (0, _resumable()) and distributed.several():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -39,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted as e:
         if distributed.is_main():
-            print(f"vla-jax: {e}", file=sys.stderr)
-        return int(os.environ.get("VLA_RESUMABLE_EXIT") or 0)
+            say(str(e))
+        return _resumable()
     except UserError as e:
         print(f"vla-jax: {e}", file=sys.stderr)
         return 2
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vla-jax: interrupted", file=sys.stderr)
         return 130
+
+
+def _resumable() -> int:
+    return int(os.environ.get("VLA_RESUMABLE_EXIT") or 0)
 
 
 def _main(argv: list[str]) -> int:

@@ -7,8 +7,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ class Checkpointer:
         place = str(workdir)
         self.path = epath.Path(place if "://" in place else Path(place).expanduser().resolve()) / "checkpoints"
         self.failed, self._writing = 0, None
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says in hundreds of lines what is said here in one
+        logging.getLogger("absl").addFilter(_not_orbax)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_kept(train) if train else None,
             read_only=train is None,
@@ -91,23 +92,23 @@ class Checkpointer:
         told = _sealed(dataclasses.replace(meta, sums=checksums.of(tree)))
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(told))
         self._writing = step
-        try:
-            self._manager.save(step, args=args, metrics=metrics, force=True)
-        except Exception as e:
-            self._give_up(e)
+        self._try(lambda: self._manager.save(step, args=args, metrics=metrics, force=True))
 
     def wait(self) -> None:
         """Returns when the step that is being written is complete, or has been given up on all processes."""
-        if self._writing is None:
-            return
+        if self._writing is not None:
+            self._try(self._manager.wait_until_finished)
+            self._writing = None
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        """What goes wrong with a step on one process gives it up on all."""
         problem = None
         try:
-            self._manager.wait_until_finished()
-        except Exception as e:
+            write()
+        except Exception as e:  # Orbax and TensorStore raise many kinds
             problem = e
         if any(distributed.gather_json(problem is not None)):
             self._give_up(problem or OSError("another process could not write its part"))
-        self._writing = None
 
     def _give_up(self, problem: Exception) -> None:
         self.failed += 1
@@ -199,6 +200,11 @@ class Checkpointer:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax says in hundreds of lines what is said here in one."""
+    return "orbax" not in record.pathname
 
 
 def _kept(train: Train) -> keep_policy.PreservationPolicy:

@@ -44,7 +44,7 @@ class Interruption:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
-        say(f"{signal.Signals(number).name}: saving, then ending; once more ends at once")
+        say(f"{signal.Signals(number).name}: saving, then ending{'; once more ends at once' if number == signal.SIGINT else ''}")
         if distributed.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -116,11 +116,11 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
     lag = 0 if jax.default_backend() == "cpu" else 1  # virtual devices share a few threads: a collective may need those of a queued step
     with (
         jax.set_mesh(run.mesh),
-        checkpoints,
-        stream,
-        ahead,
         Interruption() as interruption,
         Watch(t.hang_s) as watch,
+        checkpoints,  # inside the two before it: its end waits for the last step to be whole
+        stream,
+        ahead,
         Profile(run.workdir / "profile", profile if main else None) as trace,
         metrics.Writer(run.workdir, config, first=first, quiet=quiet) as writer,
     ):

@@ -44,8 +44,10 @@ class Writer:
 
     def __exit__(self, *exc) -> None:
         if self.active:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             with self._disk():
+                _append(self._path, self._lines)
                 self._board.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(exc[0] is not None))

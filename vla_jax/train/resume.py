@@ -17,7 +17,8 @@ from vla_jax.types import TrainState, UserError
 
 def newest(checkpoints: Checkpointer, config: configs.Config, source, abstract: TrainState, where: TrainState, *, set_aside: bool = True):
     """(step, Meta, state) of the newest whole step; None when nothing was saved yet. Steps that are damaged are named, and set aside
-    so that they can be written again. source: the opened data.source.Source. Every process calls it. Raises: UserError when the run is another one (check_same_run), or when no step is whole."""
+    so that they can be written again. source: the opened data.source.Source. Every process calls it. Raises: UserError when the run is
+    another one (check_same_run), or when no step is whole."""
     damaged: list[int] = []
     for step in reversed(checkpoints.steps()):
         try:
@@ -42,15 +43,15 @@ def newest(checkpoints: Checkpointer, config: configs.Config, source, abstract: 
 
 def remember(config: configs.Config, workdir: Path) -> None:
     """Notes whose run this folder is, before its first checkpoint. Raises: UserError when it is that of another config."""
-    file, mine = workdir / "config.json", {"digest": config.digest(), "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    file = workdir / "config.json"
     try:
-        old = json.loads(file.read_text())["config"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        old = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         old = None  # not there, or half-written by a process that was killed
     if isinstance(old, dict):
         check_config(configs.from_dict(old, where=str(file)), config, workdir)
     elif distributed.is_main():
-        file.write_text(json.dumps(mine, indent=1))
+        file.write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
 
 def check_config(old: configs.Config, config: configs.Config, where: Path) -> None:
