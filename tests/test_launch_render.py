@@ -183,10 +183,10 @@ def test_machines_that_are_not(text, topology, says):
 @pytest.mark.parametrize(
     "over, chips, says",
     [
-        (("mesh.data=4",), "v5e-64", "and v5e-64 has 64"),
-        (("mesh.fsdp=32", "mesh.data=1"), "v5e-64", "Choose other chips"),
-        (("mesh.data=1", "mesh.fsdp=1024"), "v5e-1024", "mesh.data is 1 and there are 4 slices"),
-        (("pack.rows=100",), "v5e-64", "pack.rows 100 does not divide"),
+        (("mesh.data=4",), "v5e-64", "but there are 64 devices"),
+        (("mesh.fsdp=32", "mesh.data=1"), "v5e-64", "but there are 64 devices"),
+        (("mesh.data=1", "mesh.fsdp=1024"), "v5e-1024", "mesh.data is 1, and the 1024 devices are 4 slices"),
+        (("pack.rows=100",), "v5e-64", "pack.rows = 100 is not divisible"),
         (("pack.rows=64", "pack.group=8"), "v5e-64", "in groups of 8 cannot be shared by 16 processes"),
     ],
 )
@@ -211,7 +211,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     for argv, says in (
         ([*line, "--dry-run"], "launch jobset needs --image"),
         ([*line, "--image=i", "--config.train.lr=1.0", "--dry-run"], "config file of your own"),
-        ([*line, "--image=i", "--chips=v5e-128", "--dry-run"], "v5e-128 has 128"),
+        ([*line, "--image=i", "--chips=v5e-128", "--dry-run"], "but there are 128 devices"),
         ([*line, "--image=i", "--name=A_b", "--dry-run"], "small letters"),
         (["launch", "slurm", spec, "--workdir=/r", "--dry-run"], "is for GPUs"),
         (

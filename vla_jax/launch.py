@@ -88,22 +88,16 @@ def _topology(chips: int, torus: int, text: str) -> str:
 
 
 def check(config: Config, machines: Machines, *, where: str) -> None:
-    """Raises: UserError where the config cannot run on these machines, a process on each host, with what would."""
-    m, p, processes = config.mesh, config.pack, machines.hosts
-    sizes = [m.data, m.fsdp, m.tensor]
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(machines.devices // math.prod(s for s in sizes if s > 0), 1)
-    if math.prod(sizes) != machines.devices:
-        raise UserError(
-            f"{where} divides over data*fsdp*tensor = {' * '.join(map(str, sizes))} = {math.prod(sizes)} devices, and {machines.kind}-{machines.chips} has "
-            f"{machines.devices}. Choose other chips, or another mesh in the config."
-        )
-    if sizes[0] % machines.slices:
-        raise UserError(f"mesh.data is {sizes[0]} and there are {machines.slices} slices: it must be a multiple ({where})")
-    if p.rows % (over := sizes[0] * sizes[1] * config.train.accumulate):
-        raise UserError(f"pack.rows {p.rows} does not divide by data*fsdp*accumulate = {over} ({where})")
-    if p.rows % p.group or (p.rows // p.group) % processes:
-        raise UserError(f"pack.rows {p.rows} in groups of {p.group} cannot be shared by {processes} processes ({where})")
+    """Raises: UserError, the one that training would raise there, where the config cannot run on these machines, a process on each host."""
+    from jax.sharding import AbstractMesh
+
+    from vla_jax import sharding
+    from vla_jax.data import stream
+
+    m = config.mesh
+    sizes = sharding.divided(m.data, m.fsdp, m.tensor, devices=machines.devices, slices=machines.slices, where=where)
+    sharding.check_batch(config.pack.rows, AbstractMesh(sizes, sharding.AXES), parts=config.train.accumulate, where=where)
+    stream.groups(config, machines.hosts)
 
 
 @dataclasses.dataclass(frozen=True)

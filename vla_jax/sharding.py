@@ -47,29 +47,35 @@ class Rules:
 RULES = Rules()
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, *, devices=None, where: str = "config"):
-    """A mesh over all devices of all processes (or those given); one of the sizes may be -1. Of several slices, which reach each other
-    over the data centre's network only, `data` takes the way between them.
+def divided(data: int, fsdp: int, tensor: int, *, devices: int, slices: int = 1, where: str = "config") -> tuple[int, int, int]:
+    """The sizes of the axes over so many devices; one of them may be -1. Of several slices, which reach each other over the data centre's
+    network only, `data` takes the way between them.
 
     Raises: UserError when the sizes do not multiply to the number of devices, or an axis other than data would cross slices.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes, total = [data, fsdp, tensor], len(devices)
+    sizes = [data, fsdp, tensor]
     if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh {dict(zip(AXES, sizes))}: sizes are positive, one of them may be -1 ({where})")
     if -1 in sizes:
         rest = math.prod(s for s in sizes if s > 0)
-        sizes[sizes.index(-1)] = max(total // rest, 1)
-    if math.prod(sizes) != total:
+        sizes[sizes.index(-1)] = max(devices // rest, 1)
+    if math.prod(sizes) != devices:
         raise UserError(
-            f"mesh data*fsdp*tensor = {' * '.join(map(str, sizes))} = {math.prod(sizes)}, but there are {total} devices ({where}). Set one axis to -1 to fill it."
+            f"mesh data*fsdp*tensor = {' * '.join(map(str, sizes))} = {math.prod(sizes)}, but there are {devices} devices ({where}). Set one axis to -1 to fill it."
         )
-    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
     if sizes[0] % slices:
         raise UserError(
-            f"mesh.data is {sizes[0]}, and the {total} devices are {slices} slices: it must be a multiple of {slices}, so that neither "
+            f"mesh.data is {sizes[0]}, and the {devices} devices are {slices} slices: it must be a multiple of {slices}, so that neither "
             f"fsdp nor tensor crosses the network between them ({where}). Set --config.mesh.data={slices} --config.mesh.fsdp=-1."
         )
+    return tuple(sizes)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, *, devices=None, where: str = "config"):
+    """A mesh over all devices of all processes (or those given), divided as `divided` says. Raises: UserError as it does."""
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    sizes = divided(data, fsdp, tensor, devices=len(devices), slices=slices, where=where)
     from jax.experimental import mesh_utils
 
     # one side of a torus may have to serve two axes: 16 x 16 chips as 4 x 64

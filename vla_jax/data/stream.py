@@ -48,14 +48,7 @@ class Stream:
     def __init__(self, source: Source, *, process: int = 0, processes: int = 1, state: np.ndarray | None = None):
         """Raises: UserError when rows or groups do not divide among the hosts."""
         self.source, p = source, source.config.pack
-        self.groups = groups(source.config)
-        if self.groups % processes:
-            near = processes * p.group * max(1, round(p.rows / (processes * p.group)))
-            fit = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0)
-            raise UserError(
-                f"pack.rows {p.rows} in groups of {p.group} cannot be shared by {processes} processes. Nearest: --config.pack.rows={near}; "
-                f"a run that has begun keeps its rows and groups and can be shared by {fit}."
-            )
+        self.groups = groups(source.config, processes)
         share = self.groups // processes
         self.mine = range(process * share, (process + 1) * share)
         self.skipped: collections.Counter = collections.Counter()
@@ -214,12 +207,20 @@ class Stream:
         return bad
 
 
-def groups(config: Config) -> int:
-    """Groups of rows in a global batch. Raises: UserError when rows are no multiple of a group."""
+def groups(config: Config, processes: int = 1) -> int:
+    """Groups of rows in a global batch. Raises: UserError when rows are no multiple of a group, or groups do not divide among processes."""
     p = config.pack
     if p.rows % p.group:
         raise UserError(f"pack.rows {p.rows} is not a multiple of pack.group {p.group}")
-    return p.rows // p.group
+    count = p.rows // p.group
+    if count % processes:
+        near = processes * p.group * max(1, round(p.rows / (processes * p.group)))
+        fit = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise UserError(
+            f"pack.rows {p.rows} in groups of {p.group} cannot be shared by {processes} processes. Nearest: --config.pack.rows={near}; "
+            f"a run that has begun keeps its rows and groups and can be shared by {fit}."
+        )
+    return count
 
 
 def initial_state(config: Config) -> np.ndarray:
