@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -134,15 +132,6 @@ def tokens_picture(rows: list[dict], out: Path) -> Path:
 def _kind(row: dict) -> str:
     """`fast x10` of `fast 1024 x10`."""
     return " ".join(part for part in row["tokenizer"].split() if not part.isdigit() and part != "*")
-
-
-def lines(file: str | Path) -> list[dict]:
-    """Of a file of JSON lines, those that are whole."""
-    out = []
-    for text in Path(file).read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            out.append(json.loads(text))
-    return out
 
 
 def scaling_picture(reports: list[dict], out: Path) -> Path:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import shlex
 import subprocess
 import sys
@@ -238,15 +236,13 @@ class _Step:
 
 def peer(program: str, arguments: str) -> list[dict]:
     """Runs another program's step on this machine, and gives its JSON lines. Raises: UserError when it fails."""
+    from vla_jax.train import metrics
+
     if not Path(program).is_file():
         raise UserError(f"--peer {program}: no such file. Name a program that prints JSON lines with `ms` and `samples_s`.")
     command = [sys.executable, program, *shlex.split(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = []
-    for text in done.stdout.splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    lines = [line for line in lines if isinstance(line, dict) and "ms" in line]
+    lines = [line for line in metrics.parse(done.stdout) if "ms" in line]
     if done.returncode or not lines:
         raise UserError(f"--peer {shlex.join(command)} ended with {done.returncode}: {' '.join(done.stderr.split())[-400:]}")
     return [{"peer": Path(program).name, "arguments": arguments, **line} for line in lines]

@@ -170,7 +170,7 @@ def _import(args) -> int:
 def _compile_check(args) -> int:
     from vla_jax import hardware
     from vla_jax.bench.run import stamp
-    from vla_jax.train import compile_check, fitting, roofline
+    from vla_jax.train import compile_check, fitting, metrics, roofline
 
     if not compile_check.has_stack(hardware.topology(args.topology)[0]):
         return _with_stack(args.argv)
@@ -190,7 +190,7 @@ def _compile_check(args) -> int:
     if not made["fits"]:
         raise UserError(roofline.advice(made))
     if args.plot:
-        report.scaling_picture(report.lines(args.out), Path(args.plot))
+        report.scaling_picture(metrics.parse(Path(args.out).read_text(errors="replace")), Path(args.plot))
     return 0
 
 

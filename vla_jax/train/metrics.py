@@ -161,13 +161,14 @@ def began(workdir: Path) -> float | None:
 
 def read(workdir: Path) -> list[dict]:
     """The JSON lines of a run, in order; what a killed process left half-written is passed over."""
-    out = []
     path = workdir / FILE
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and "step" in found:
-            out.append(found)
-    return out
+    return [line for line in parse(path.read_text(errors="replace")) if "step" in line] if path.is_file() else []
+
+
+def parse(text: str) -> list[dict]:
+    """The lines of a text that are whole JSON objects."""
+    out = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            out.append(json.loads(line))
+    return [found for found in out if isinstance(found, dict)]
