@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from vla_jax import tree
 from vla_jax.train import checkpoint, evaluate, loop, optim, resume, state
 from vla_jax.types import UserError
 
@@ -117,3 +121,19 @@ def test_a_save_that_fails_costs_that_step_alone(tiny, tmp_path, monkeypatch, ca
         said = capfd.readouterr().err
         assert f"checkpoints/{lost} could not be written (OSError: [Errno 28]" in said
         assert f"it can be resumed from: {'[1]' if lost == 2 else 'its start only'}" in said
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_parameters_for_export_need_no_such_mesh(tiny, tmp_path, ema):
+    """Saved on eight devices, read by a process that has one: a pod's run is exported on a desk."""
+    trained = loop.train(loop.prepare(tiny("train.steps=2", "train.save_every=2", f"train.ema={ema}"), tmp_path / "run"), quiet=True)
+    program = (
+        "import sys, jax, numpy as np\nfrom vla_jax import tree\nfrom vla_jax.train.checkpoint import Checkpointer\n"
+        "assert jax.device_count() == 1\nnp.savez(sys.argv[2], **tree.flatten(Checkpointer(sys.argv[1]).params(2)))"
+    )
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    argv = [sys.executable, "-c", program, str(tmp_path / "run"), str(tmp_path / "got.npz")]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected, got = tree.flatten(trained.ema or trained.params), np.load(tmp_path / "got.npz")
+    assert set(got) == set(expected) and all(np.array_equal(got[k], expected[k]) and got[k].dtype == expected[k].dtype for k in got)

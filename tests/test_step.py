@@ -484,12 +484,6 @@ def test_the_loop_reads_nothing_between_log_steps(tiny, tmp_path, monkeypatch):
     assert set(reads) == {3, 6, 7}
 
 
-def test_a_url_is_no_workdir(tiny):
-    """It would have become a folder called `gs:` here, lost with the machine."""
-    with pytest.raises(UserError, match="gs://bucket/a is a URL.*mount the bucket"):
-        loop.prepare(tiny(), "gs://bucket/a")
-
-
 def test_the_guard_would_stop_a_hidden_transfer(tiny, tmp_path, monkeypatch):
     """A number from the host that slips into the step is refused by the loop itself."""
     real = step.make_train_step

@@ -1,13 +1,10 @@
 """Bytes from local files, from TensorStore's file store, and from Google Cloud Storage's protocol spoken by a local server."""
 
-import http.server
-import json
 import os
 import subprocess
 import sys
-import threading
-import urllib.parse
 
+import gcs
 import numpy as np
 import pytest
 
@@ -82,53 +79,10 @@ def test_the_engine_reads_a_url_as_it_reads_a_folder(real_data, tmp_path, scheme
         )
 
 
-class Bucket(http.server.BaseHTTPRequestHandler):
-    """As much of Google Cloud Storage's JSON interface as a reader needs: list, and get with ranges."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are two writes; the second would wait 40 ms for the client's acknowledgement
-    root = ""
-
-    def do_GET(self):
-        url = urllib.parse.urlparse(self.path)
-        _, found, key = url.path.partition("/o/")
-        file = os.path.join(self.root, urllib.parse.unquote(key))
-        if found and os.path.isfile(file):
-            with open(file, "rb") as f:
-                data = f.read()
-            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            first, last = int(first), min(int(last or len(data)), len(data) - 1)
-            part = "Range" in self.headers
-            self.answer(
-                206 if part else 200, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"} if part else {}
-            )
-        elif url.path.endswith("/o"):
-            asked = urllib.parse.parse_qs(url.query)
-            keys = sorted(os.path.relpath(os.path.join(d, f), self.root) for d, _, files in os.walk(self.root) for f in files)
-            low, high = asked.get("startOffset", [""])[0], asked.get("endOffset", ["\uffff"])[0]
-            self.answer(200, json.dumps({"items": [{"name": k} for k in keys if low <= k < high]}).encode(), {})
-        else:
-            self.answer(404, b"", {})
-
-    def answer(self, code, body, headers):
-        self.send_response(code)
-        for key, value in {"Content-Length": len(body), "x-goog-generation": "7", **headers}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 def test_google_cloud_storage(real_data, tmp_path):
     """The whole way from gs:// to the pixels of a batch, with TensorStore's own client, in a process of its own since the client
     reads its environment once. Only the other end is ours."""
-    # room for all reads that are asked for at once: those that a queue of five turns away come back a minute later
-    several = type("Several", (http.server.ThreadingHTTPServer,), {"request_queue_size": 1024})
-    server = several(("127.0.0.1", 0), type("Here", (Bucket,), {"root": str(real_data)}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"127.0.0.1:{server.server_address[1]}"
+    store = gcs.Store(real_data)
     code = (
         "import sys, numpy as np\nfrom vla_jax import config\nfrom vla_jax.data import source\nfrom vla_jax.data.stream import Stream\n"
         "c, _ = config.load('configs/debug.py', ['data.root=' + sys.argv[1], 'data.index_dir=' + sys.argv[2]])\n"
@@ -136,7 +90,7 @@ def test_google_cloud_storage(real_data, tmp_path):
         "with Stream(src) as s: batches = [next(s)[0] for _ in range(3)]\n"
         "np.savez(sys.argv[3], images=np.stack([b.images for b in batches]), tokens=np.stack([b.tokens for b in batches]))"
     )
-    env = {**os.environ, "TENSORSTORE_GCS_HTTP_URL": f"http://{address}", "GCE_METADATA_ROOT": address, "JAX_PLATFORMS": "cpu"}
+    env = os.environ | store.env()
     try:
         for root, out in ((str(real_data), "here"), ("gs://bucket", "there")):
             argv = [sys.executable, "-c", code, root, str(tmp_path / "ix"), str(tmp_path / out)]
@@ -145,6 +99,6 @@ def test_google_cloud_storage(real_data, tmp_path):
             )
             assert done.returncode == 0, done.stderr[-2000:]
     finally:
-        server.shutdown()
+        store.close()
     here, there = (np.load(tmp_path / f"{n}.npz") for n in ("here", "there"))
     assert np.array_equal(here["images"], there["images"]) and np.array_equal(here["tokens"], there["tokens"])

@@ -68,5 +68,5 @@ def command(parent, name: str, run, text: str, *, takes_config: bool = False, wo
     if takes_config:
         p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file; override its values with --config.x.y=z")
     if workdir:
-        p.add_argument("--workdir", required=True, type=folder, metavar="DIR", help="where the run is kept")
+        p.add_argument("--workdir", required=True, type=folder, metavar="DIR", help="where the run is kept: a folder, or gs://bucket/path")
     return p

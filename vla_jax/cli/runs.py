@@ -136,7 +136,7 @@ def _eval(args) -> int:
 def _runs(args) -> int:
     from vla_jax.train import curves
 
-    print(f"wrote {curves.page([Path(d).expanduser() for d in args.run_dirs], Path(args.out).expanduser())}")
+    print(f"wrote {curves.page(args.run_dirs, Path(args.out).expanduser())}")
     return 0
 
 

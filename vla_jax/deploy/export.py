@@ -26,11 +26,11 @@ FORMAT = "vla_jax.policy.1"
 def export(workdir: str | Path, out: str | Path, *, step: int | None = None) -> Path:
     """Writes the folder `out`, which must not hold anything yet. Raises: UserError when there is nothing to export."""
     from vla_jax.models import lora
+    from vla_jax.train import workdir as workdirs
     from vla_jax.train.checkpoint import Checkpointer, Damaged  # here, so that a robot's program loads no Orbax
 
-    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} holds no run: there is no folder checkpoints/ in it. Give the --workdir of a training run.")
+    workdir, out = workdirs.place(workdir), Path(out).expanduser()
+    workdirs.is_run(workdir)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty. Give a new folder.")
     checkpoints = Checkpointer(workdir)

@@ -44,7 +44,7 @@ def kind(tokenizer: ActionTokenizer) -> str:
 
 def load(path: str | Path) -> ActionTokenizer:
     """A file that `save` wrote, or the folder of a published FAST tokenizer. Raises: UserError."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path  # others may be of a store
     if path.is_dir():
         return published.load(path)
     try:
@@ -55,11 +55,14 @@ def load(path: str | Path) -> ActionTokenizer:
 
 
 def save(tokenizer: ActionTokenizer, path: str | Path) -> None:
-    """Renamed into place when whole: another host may be reading."""
-    path = Path(path)
+    """Appears when whole: another host may be reading."""
+    path, text = Path(path) if isinstance(path, str) else path, json.dumps(to_json(tokenizer))
+    if "://" in str(path):  # objects always do
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(to_json(tokenizer)))
+    partial.write_text(text)
     partial.replace(path)
 
 

@@ -7,20 +7,20 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from vla_jax import distributed
 from vla_jax.config import Train
 from vla_jax.console import say
 from vla_jax.train import checksums
+from vla_jax.train import workdir as workdirs
 from vla_jax.types import TrainState, UserError
 
 
@@ -54,10 +54,9 @@ class Checkpointer:
     `failed`, and what is left of it is removed. What was saved before stays until a later step is complete.
     """
 
-    def __init__(self, workdir: str | Path, train: Train | None = None):
+    def __init__(self, workdir: str | os.PathLike, train: Train | None = None):
         """train: its `keep`, `keep_every` and `keep_best` say which steps stay; None: for reading only."""
-        place = str(workdir)
-        self.path = epath.Path(place if "://" in place else Path(place).expanduser().resolve()) / "checkpoints"
+        self.path = workdirs.place(workdir) / "checkpoints"
         self.failed, self._writing = 0, None
         logging.getLogger("absl").addFilter(_not_orbax)
         options = ocp.CheckpointManagerOptions(
@@ -178,22 +177,22 @@ class Checkpointer:
             )
 
     def params(self, step: int) -> dict:
-        """All parameters (EMA where one is kept) as host arrays: for export. Raises: Damaged."""
-        sums = self.meta(step).sums
+        """All parameters (EMA where one is kept) as host arrays, on any number of devices: for export. Raises: Damaged."""
+        folder, sums, reader = self.path / str(step) / "state", self.meta(step).sums, ocp.PyTreeCheckpointHandler()
         with self._whole(step):
-            tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+            there = reader.metadata(folder).tree
+            name = "ema" if there.get("ema") else "params"
+            wanted = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), there[name])}
+            host = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=host, partial_restore=True))
         self._verify(step, tree, sums)
-        return jax.tree.map(np.asarray, tree.get("ema") or tree["params"])
+        return tree[name]
 
     def set_aside(self, steps: list[int]) -> None:
         """Moves steps to `damaged/` in the workdir, so that the run can write them again. Every process calls it."""
         if distributed.is_main():
             for step in steps:
-                to = self.path.parent / "damaged" / str(step)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                if to.exists():
-                    to.rmtree()
-                (self.path / str(step)).rename(to)
+                workdirs.move(self.path / str(step), self.path.parent / "damaged" / str(step))
         distributed.barrier("set aside")
         self._manager.reload()
 

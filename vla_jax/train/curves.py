@@ -8,13 +8,16 @@ import datetime
 import html
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from vla_jax.data import svg
 from vla_jax.train import metrics
+from vla_jax.train import workdir as workdirs
 from vla_jax.types import UserError
 
 _POINTS, _BUDGET, _DOTS = 600, 120_000, 24  # drawn of one curve, of all together, and up to how many are dots with a title
@@ -79,12 +82,12 @@ class Chart:
     since: float = 0.0
 
 
-def page(folders: list[Path], out: Path) -> Path:
+def page(folders: list[str | os.PathLike], out: Path) -> Path:
     """Writes the page of these run folders to `out`, whose folder is made, and returns it.
 
     Raises: UserError when a folder is missing or holds no metrics.jsonl with a step, when none is given, or when `out` is a folder.
     """
-    folders, out = list(dict.fromkeys(Path(f).expanduser().resolve() for f in folders)), Path(out).expanduser()
+    folders, out = list(dict.fromkeys(workdirs.place(f) for f in folders)), Path(out).expanduser()
     if not folders:
         raise UserError("no run folder is given, so there is nothing to draw. Give the --workdir of one training run or of several.")
     if out.is_dir():
@@ -124,7 +127,7 @@ def page(folders: list[Path], out: Path) -> Path:
     return out
 
 
-def _run(folder: Path, label: str, number: int) -> Run:
+def _run(folder: epath.Path, label: str, number: int) -> Run:
     """Raises: UserError."""
     file, give = folder / metrics.FILE, "Give the --workdir of a training run."
     if not folder.is_dir():
@@ -134,7 +137,9 @@ def _run(folder: Path, label: str, number: int) -> Run:
         raise UserError(f"{folder} holds no run: looked for {file}, and found {held}. {give}")
     lines = [x for x in metrics.read(folder) if isinstance(x, dict) and _is_number(x.get("step")) and math.isfinite(x["step"])]
     if not lines:
-        raise UserError(f"{file} ({file.stat().st_size} bytes) holds no line with a step: nothing is logged yet. Wait for its first steps.")
+        raise UserError(
+            f"{file} ({len(file.read_bytes())} bytes) holds no line with a step: nothing is logged yet. Wait for its first steps."
+        )
     steps, starts = [float(line["step"]) for line in lines], [any(key.startswith("data/") for key in line) for line in lines]
     again = {i: steps[i] for i in range(1, len(lines)) if steps[i] < steps[i - 1] or (starts[i] and any(starts[:i]))}
     reach, kept, curves = math.inf, [], {}

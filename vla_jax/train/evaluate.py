@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from vla_jax.models import vla
 from vla_jax.models.act import Actor, Request
 from vla_jax.models.presets import VLAConfig
 from vla_jax.train import optim, state, step
+from vla_jax.train import workdir as workdirs
 from vla_jax.types import UserError
 
 
@@ -24,8 +24,7 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     """Everything about the newest checkpoint of a run: {dataset: {nll, accuracy, targets, mae, baseline, valid}}."""
     from vla_jax.train import checkpoint, loop, resume  # loop imports this module
 
-    if not (Path(workdir).expanduser() / "checkpoints").is_dir():  # first: opening a run makes its folder
-        raise UserError(f"{workdir} holds no run: there is no folder checkpoints/ in it. Give the --workdir of a training run.")
+    workdirs.is_run(workdirs.place(workdir))  # first: opening a run makes its folder
     ready = loop.prepare(config, workdir, where=where)
     tx, names = optim.make(config.train), ready.source.names
     abstract, place = state.shardings(ready.cfg, tx, ready.mesh, with_ema=config.train.ema > 0)

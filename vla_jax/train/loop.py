@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from vla_jax import distributed, sharding
 from vla_jax.config import Config, Train
@@ -21,6 +22,7 @@ from vla_jax.models import attention, flops, lora, presets, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens import files
 from vla_jax.train import evaluate, metrics, optim, resume, state, step
+from vla_jax.train import workdir as workdirs
 from vla_jax.train.checkpoint import Checkpointer, Meta
 from vla_jax.train.evaluate import Evaluation
 from vla_jax.train.interruption import Interruption, Watch
@@ -33,7 +35,7 @@ class Run:
     """What a run is made of, before its first step."""
 
     config: Config
-    workdir: Path
+    workdir: epath.Path
     mesh: jax.sharding.Mesh
     source: Source
     cfg: VLAConfig
@@ -42,15 +44,7 @@ class Run:
 def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Run:
     """Opens everything and checks that it fits together. Raises: UserError, before a parameter is created."""
     distributed.agree_versions()
-    if "://" in str(workdir):
-        raise UserError(
-            f"workdir {workdir} is a URL, and a run is kept in a folder: mount the bucket (gcsfuse, say) and name the folder there."
-        )
-    workdir = Path(workdir).expanduser()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"workdir {workdir} cannot be made: {e.strerror}. Name a folder that may be written.") from e
+    workdir = workdirs.open_(workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
     sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
@@ -121,7 +115,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
         checkpoints,  # inside the two before it: its end waits for the last step to be whole
         stream,
         ahead,
-        Profile(run.workdir / "profile", profile if main else None) as trace,
+        Profile(workdirs.local(run.workdir) / "profile", profile if main else None) as trace,
         metrics.Writer(run.workdir, config, first=first, quiet=quiet) as writer,
     ):
         writer.log(first, {"data": _used(run.source)})
@@ -158,6 +152,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
                 watch.beat(now, "saving a checkpoint")
                 with meter.waiting("checkpoint"):
                     checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter), evaluate.loss(measures))
+                    writer.copy()
             if ends:
                 checkpoints.wait()
                 raise Interrupted(now, t.steps, checkpoints.latest() or 0)

@@ -12,9 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from vla_jax import distributed
 from vla_jax.config import Config
 from vla_jax.console import say
+from vla_jax.train import workdir as workdirs
 from vla_jax.types import UserError
 
 FILE = "metrics.jsonl"
@@ -23,7 +26,7 @@ FILE = "metrics.jsonl"
 class Writer:
     """log(step, values): nested dicts become `a/b` keys. Use as a context manager."""
 
-    def __init__(self, workdir: Path, config: Config, *, first: int, quiet: bool = False):
+    def __init__(self, workdir: epath.Path, config: Config, *, first: int, quiet: bool = False):
         """Raises: UserError when train.wandb is set and W&B is not installed."""
         self.active = distributed.is_main()
         self._board = self._bar = self._wandb = None
@@ -31,10 +34,10 @@ class Writer:
         if self.active:
             from tqdm import tqdm
 
-            workdir.mkdir(parents=True, exist_ok=True)
-            self._wandb = _wandb(workdir, config)
-            self._path = workdir / FILE
-            self._board = _Board(workdir / "tensorboard")
+            self._mirror, here = workdirs.Mirror(workdir, (FILE, "wandb_run")), workdirs.local(workdir)
+            self._wandb = _wandb(here, workdir.name, config)
+            self._path = here / FILE
+            self._board = _Board(here / "tensorboard")
             # in a log file one line every ten seconds is enough
             every = 0.2 if sys.stderr.isatty() else 10
             self._bar = tqdm(total=config.train.steps, initial=first, unit="step", disable=quiet, dynamic_ncols=True, mininterval=every)
@@ -51,6 +54,14 @@ class Writer:
                 self._board.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(exc[0] is not None))
+            self._mirror.copy()
+            if exc[0] is None:
+                self._mirror.clear()
+
+    def copy(self) -> None:
+        """To the workdir, where that is no folder of this machine."""
+        if self.active:
+            self._mirror.copy()
 
     def progress(self, step: int) -> None:
         if self.active:
@@ -129,19 +140,19 @@ def _append(path: Path, lines: list[str]) -> None:
         lines.pop(0)
 
 
-def _wandb(workdir: Path, config: Config):
-    """The run of Weights & Biases that belongs to this workdir, for every start of it; None if none is asked for."""
+def _wandb(folder: Path, name: str, config: Config):
+    """The run of Weights & Biases that belongs to this folder, for every start of it; None if none is asked for."""
     if not config.train.wandb:
         return None
     try:
         import wandb
     except ImportError as e:
         raise UserError("train.wandb is set and wandb is not installed: pip install wandb, or leave train.wandb empty") from e
-    kept = workdir / "wandb_run"
-    name = kept.read_text().strip() if kept.is_file() else wandb.util.generate_id()
-    kept.write_text(name)
-    settings = {"project": config.train.wandb, "name": workdir.name, "config": dataclasses.asdict(config), "dir": str(workdir)}
-    return wandb.init(id=name, resume="allow", **settings)
+    kept = folder / "wandb_run"
+    known = kept.read_text().strip() if kept.is_file() else wandb.util.generate_id()
+    kept.write_text(known)
+    settings = {"project": config.train.wandb, "name": name, "config": dataclasses.asdict(config), "dir": str(folder)}
+    return wandb.init(id=known, resume="allow", **settings)
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -154,15 +165,15 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return out
 
 
-def began(workdir: Path) -> float | None:
+def began(workdir: os.PathLike) -> float | None:
     """When the first line of a run was written, in seconds since 1970; None if there is none."""
     return next((line["time"] for line in read(workdir) if "time" in line), None)
 
 
-def read(workdir: Path) -> list[dict]:
+def read(workdir: os.PathLike) -> list[dict]:
     """The JSON lines of a run, in order; what a killed process left half-written is passed over."""
-    path = workdir / FILE
-    return [line for line in parse(path.read_text(errors="replace")) if "step" in line] if path.is_file() else []
+    path = epath.Path(workdir) / FILE
+    return [line for line in parse(path.read_bytes().decode(errors="replace")) if "step" in line] if path.is_file() else []
 
 
 def parse(text: str) -> list[dict]:

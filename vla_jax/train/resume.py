@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from pathlib import Path
+
+from etils import epath
 
 from vla_jax import config as configs
 from vla_jax import distributed
@@ -41,8 +42,8 @@ def newest(checkpoints: Checkpointer, config: configs.Config, source, abstract: 
     return None
 
 
-def remember(config: configs.Config, workdir: Path) -> None:
-    """Notes whose run this folder is, before its first checkpoint. Raises: UserError when it is that of another config."""
+def remember(config: configs.Config, workdir: epath.Path) -> None:
+    """Notes whose run this folder is, before its first checkpoint. Raises: UserError when it is that of another config, or cannot be written."""
     file = workdir / "config.json"
     try:
         old = json.loads(file.read_text())
@@ -51,10 +52,13 @@ def remember(config: configs.Config, workdir: Path) -> None:
     if isinstance(old, dict):
         check_config(configs.from_dict(old, where=str(file)), config, workdir)
     elif distributed.is_main():
-        file.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        try:
+            file.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        except Exception as e:  # of a store, many kinds
+            raise UserError(f"{file} cannot be written: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
 
-def check_config(old: configs.Config, config: configs.Config, where: Path) -> None:
+def check_config(old: configs.Config, config: configs.Config, where: epath.Path) -> None:
     """Raises: UserError when a run of the one config cannot go on with the other."""
     if old.digest() != config.digest():
         a, b = configs.flatten(dataclasses.asdict(old)), configs.flatten(dataclasses.asdict(config))
@@ -62,7 +66,7 @@ def check_config(old: configs.Config, config: configs.Config, where: Path) -> No
         raise UserError(f"{where} holds a run with another config ({'; '.join(changed[:6])}). Use another --workdir, or the same config.")
 
 
-def check_same_run(meta: Meta, config: configs.Config, where: Path, source) -> None:
+def check_same_run(meta: Meta, config: configs.Config, where: epath.Path, source) -> None:
     """source: the opened data.source.Source. Raises: UserError when the folder holds a run with another config, other
     tokenizers or another mixture."""
     fingerprint, layout = source.fingerprint(), source.layout
