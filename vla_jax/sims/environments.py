@@ -156,13 +156,17 @@ class _Robosuite:
         from gymnasium.spaces import Box
 
         cameras = {"use_camera_obs": False, "has_offscreen_renderer": True, "has_renderer": False}
-        # hard_reset compiles the model anew (seconds) for the same scene; the horizon is the caller's
-        self.env = robosuite.make(task, robots="Panda", control_freq=20, hard_reset=False, ignore_done=True, **cameras)
+        with _numpy_seed(0):  # the size of the cube is drawn here: the same in all scenes
+            # hard_reset compiles the model anew (seconds); the horizon is the caller's
+            self.env = robosuite.make(task, robots="Panda", control_freq=20, hard_reset=False, ignore_done=True, **cameras)
         self.action_space = Box(*(np.asarray(x, np.float32) for x in self.env.action_spec))
         self.env.reset()
         _plain(self.env.sim.model._model)
 
     def reset(self, *, seed: int):
+        for robot in self.env.robots:
+            for gripper in robot.gripper.values():  # else the fingers begin with what the last episode told them
+                gripper.current_action = np.zeros(gripper.dof)
         with _numpy_seed(seed):  # robosuite draws scenes from numpy's global generator
             return self.env.reset(), {}
 

@@ -86,7 +86,7 @@ def received(pipe: BinaryIO) -> Iterator[dict[str, np.ndarray]]:
         body = pipe.read(size) if size < _SPAN else b""
         if len(body) != size:
             raise UserError("the drawing process ended in the middle of an episode; what it said stands above")
-        with np.load(io.BytesIO(body), allow_pickle=False) as file:
+        with np.load(io.BytesIO(body)) as file:
             yield {key: file[key] for key in file.files}
 
 
