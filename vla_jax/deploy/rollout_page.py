@@ -87,9 +87,10 @@ def _episode(o: Outcome, file: Path) -> str:
     data = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
     shots = [o.frames[i] for i in np.unique(np.linspace(0, len(o.frames) - 1, _SHOTS).round().astype(int))]
     strip = "".join(svg.picture(x, most=96, label=f"shot {i + 1}") for i, x in enumerate(shots))
-    player = (
-        f'<video controls muted loop src="{data}"></video>' if kind.startswith("video") else f'<img class="film" alt="video" src="{data}">'
-    )
+    still = strip.partition('src="')[2].partition('"')[0]  # shown before the video is loaded
+    player = f'<video controls muted loop poster="{still}" src="{data}"></video>'
+    if not kind.startswith("video"):
+        player = f'<img class="film" alt="video" src="{data}">'
     bad = f", {o.malformed} of {o.chunks} chunks malformed" if o.malformed else ""
     return (
         f'<article class="{"won" if o.success else "lost"}"><h3><span class="tag">{"success" if o.success else "failure"}</span> '
