@@ -22,6 +22,7 @@ FLOORS = {
     "data": 1,
     "tokens": 1,
     "tabletop": 1,
+    "sims": 1,
     "models": 2,
     "train": 3,
     "deploy": 4,
@@ -35,9 +36,11 @@ ONLY = {
     "flax": {"models/"},
     "orbax": {"train/checkpoint.py", "deploy/export.py", "models/pretrained.py", "models/weight_files.py"},
     "tensorflow": {"tabletop/record.py", "bench/data_peers.py", "bench/data_sets.py"},
-    "tensorflow_datasets": {"tabletop/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
+    "tensorflow_datasets": {"tabletop/record.py", "sims/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
     "rlds": {"tabletop/record.py"},
     "matplotlib": {"report.py"},
+    "av": {"deploy/film.py"},
+    **{simulator: {"sims/environments.py"} for simulator in ("gymnasium", "metaworld", "mujoco", "gym_pusht", "robosuite")},
 }
 
 
@@ -80,7 +83,7 @@ def test_bans(path):
         if package in ONLY:
             assert any(file.startswith(x) for x in ONLY[package]), f"{file} imports {package}"
         if package == "jax":
-            assert not file.startswith(("tokens/", "tabletop/")), f"{file} imports jax"
+            assert not file.startswith(("tokens/", "tabletop/", "sims/")), f"{file} imports jax"
             assert not file.startswith("data/") or file == "data/feed.py", f"{file} imports jax"
     text = path.read_text()
     assert "pickle" not in text and "yaml.load(" not in text

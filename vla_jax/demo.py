@@ -21,7 +21,7 @@ ROBOTS = {"tabletop_slider": 4, "tabletop_arm": 2, "tabletop_bimanual": 1}
 def main(workdir: Path, *, steps: int | None, episodes: int, trials: int) -> int:
     """Runs everything below `workdir`; a second run goes on from what the first one finished. Returns the exit code."""
     began = time.time()
-    for package, extra in (("tensorflow_datasets", "rlds"), ("matplotlib", "sim")):
+    for package, extra in (("tensorflow_datasets", "rlds"), ("matplotlib", "plots")):
         if not _has(package):
             raise UserError(f"the demo needs {package}. Install it: pip install 'vla-jax[{extra}]'")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

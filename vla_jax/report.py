@@ -79,7 +79,7 @@ def check_picture(name: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise UserError("pictures need matplotlib: pip install 'vla-jax[sim]'") from e
+        raise UserError("pictures need matplotlib: pip install 'vla-jax[plots]'") from e
     if Path(name).suffix[1:].lower() not in (known := Figure().canvas.get_supported_filetypes()):
         raise UserError(f"{name}: no picture format; there are {', '.join(sorted(known))}")
 

@@ -16,8 +16,14 @@ from vla_jax.types import UserError
 def add(commands) -> None:
     p = command(commands, "train", _train, "train, or go on from the newest checkpoint in the workdir", takes_config=True, workdir=True)
     p.add_argument("--profile", type=span, default=None, metavar="FIRST:LAST", help="write a trace of these steps to WORKDIR/profile")
-    p = command(commands, "eval", _eval, "token and action metrics of a run on held-out episodes", takes_config=True, workdir=True)
+    p = command(commands, "eval", _eval, "token and action metrics of a run or an export on held-out episodes", takes_config=True)
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", default=None, type=folder, metavar="DIR", help="the run: its newest checkpoint")
+    which.add_argument(
+        "--export", default=None, type=folder, metavar="DIR", help="an export; of --config only data, mesh and train.eval_batches count"
+    )
     p.add_argument("--frames", type=positive, default=64, help="held-out frames per dataset for the action error")
+    p.add_argument("--out", default="", metavar="FILE", help="write the JSON here, too")
     p = command(commands, "runs", _runs, "the curves of one run or of several, on a page")
     p.add_argument("run_dirs", nargs="+", metavar="DIR", help="workdirs of runs")
     p.add_argument("--out", required=True, metavar="FILE.html")
@@ -125,11 +131,15 @@ def _eval(args) -> int:
     from vla_jax import distributed
 
     distributed.initialize()
+    from vla_jax.deploy import offline
     from vla_jax.train import evaluate
 
-    found = evaluate.run(args.config, args.workdir, frames=args.frames, where=args.config_spec)
+    of, what = (offline.run, args.export) if args.export else (evaluate.run, args.workdir)
+    found = of(args.config, what, frames=args.frames, where=args.config_spec)
     if distributed.is_main():
-        print(json.dumps(found, indent=1))
+        print(evaluate.show(found))
+        if args.out:
+            Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -41,7 +41,7 @@ class TabletopEnv:
         spread = np.random.default_rng([seed, 1]).uniform(-1.0, 1.0, home.shape) * self.robot.start_spread
         self._q = self.robot.inverse(on_table(home + spread))
         self.steps = 0
-        return self._observe()
+        return self.observe()
 
     def step(self, action: np.ndarray) -> dict[str, Any]:
         """Executes `action` f32[a] for 1 / control_hz seconds; motion beyond the robot's limits is cut to them.
@@ -63,7 +63,7 @@ class TabletopEnv:
         opening = np.clip(self._scene.opening + fingers, 0.0, 1.0)
         self._scene = world.advance(self._scene, tools, tools - before, opening)
         self.steps += 1
-        return self._observe()
+        return self.observe()
 
     @property
     def success(self) -> bool:
@@ -81,7 +81,14 @@ class TabletopEnv:
         self._started()
         return self._picture("base", size)
 
-    def _observe(self) -> dict[str, Any]:
+    @property
+    def prompt(self) -> str:
+        self._started()
+        return self._task.prompt
+
+    def observe(self) -> dict[str, Any]:
+        """What reset and step return, now."""
+        self._started()
         state = np.concatenate([self._q, self._scene.opening[:, None]], -1).ravel().astype(np.float32)
         images = {view: self._picture(view, IMAGE_SIZE) for view in self.robot.views}
         return {"images": images, "state": state, "prompt": self._task.prompt}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 
 import jax
 import numpy as np
@@ -15,13 +17,15 @@ from vla_jax.data.stream import Stream
 from vla_jax.models import vla
 from vla_jax.models.act import Actor, Request
 from vla_jax.models.presets import VLAConfig
-from vla_jax.train import optim, state, step
+from vla_jax.train import chunk_errors, optim, state, step
 from vla_jax.train import workdir as workdirs
+from vla_jax.train.chunk_errors import Chunks
 from vla_jax.types import UserError
 
 
 def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[str, dict]:
-    """Everything about the newest checkpoint of a run: {dataset: {nll, accuracy, targets, mae, baseline, valid}}."""
+    """Everything about the newest checkpoint of a run: {dataset: {nll, accuracy, targets, mae, baseline, valid, and what chunk_errors.detail
+    gives: frames, dims, horizon, instructions}}; of the action expert the same with flow_ before it."""
     from vla_jax.train import checkpoint, loop, resume  # loop imports this module
 
     workdirs.is_run(workdirs.place(workdir))  # first: opening a run makes its folder
@@ -40,19 +44,29 @@ def run(config: Config, workdir, *, frames: int, where: str = "config") -> dict[
     eval_step = step.make_eval_step(config, ready.cfg, ready.mesh, place.params, datasets=len(names))
     with jax.set_mesh(ready.mesh):
         out = token_metrics(config, held_out, eval_step, params, ready.mesh, batches=config.train.eval_batches)
-    for name, found in robot_errors(config, ready.cfg, held_out, params, frames=frames, mesh=ready.mesh).items():
+    for name, found in robot_errors(config, ready.cfg, held_out, params, frames=frames, mesh=ready.mesh, detail=True).items():
         out.setdefault(name, {}).update(found)
     return {"step": latest, **out}
 
 
-def robot_errors(config: Config, cfg: VLAConfig, source: Source, params, *, frames: int, mesh) -> dict[str, dict]:
-    """{dataset: mae, baseline, valid of the tokens, and flow_mae of the expert}, as the objective has them; see `action_errors`."""
+def show(found: dict) -> str:
+    """What `run` found, as JSON with a line a list and a line an instruction."""
+    text = json.dumps(found, indent=1)
+    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\n\s*", " ", m.group()), text)
+
+
+def robot_errors(config: Config, cfg: VLAConfig, source: Source, params, *, frames: int, mesh, detail: bool = False) -> dict[str, dict]:
+    """{dataset: mae, baseline, valid of the tokens, and flow_mae of the expert}, as the objective has them; see `action_errors`. detail: see
+    `run`."""
     plain, params, out = dataclasses.replace(cfg, lora=None), vla.merged(cfg, params), {}
     for head in ("tokens", "flow") if config.train.objective == "both" else (config.train.objective,):
-        for name, found in action_errors(plain, source, params, frames=frames, head=head, mesh=mesh).items():
-            found.pop("first")
-            found = found if head == "tokens" else {"flow_mae": found["mae"], "baseline": found["baseline"]}
-            out.setdefault(name, {}).update(found)
+        for name, chunks in open_loop(plain, source, params, frames=frames, head=head, mesh=mesh).items():
+            own, naive = (chunk_errors.by_unit(of(chunks), chunks.dims) for of in (chunk_errors.mae, chunk_errors.baseline))
+            more = chunk_errors.detail(chunks) if detail else {}
+            found = {"mae": own, "valid": float(chunks.valid.mean()), **more}
+            if head == "flow":  # all that the expert gives is well formed
+                found = {f"flow_{key}": x for key, x in found.items() if key != "valid"}
+            out.setdefault(name, {}).update(found, baseline=naive)
     return out
 
 
@@ -138,26 +152,40 @@ def action_errors(
     of well-formed chunks, "first": (recorded, predicted) first actions of all frames, f32[frames a] each}}. Steps past an
     episode's end do not count.
     """
+    return {
+        name: {
+            "mae": chunk_errors.by_unit(chunk_errors.mae(chunks), chunks.dims),
+            "baseline": chunk_errors.by_unit(chunk_errors.baseline(chunks), chunks.dims),
+            "valid": float(chunks.valid.mean()),
+            "first": (chunks.recorded[:, 0], chunks.predicted[:, 0]),
+        }
+        for name, chunks in open_loop(cfg, source, params, frames=frames, batch=batch, head=head, mesh=mesh).items()
+    }
+
+
+def open_loop(
+    cfg: VLAConfig, source: Source, params, *, frames: int = 64, batch: int = 32, head: str = "tokens", mesh=None
+) -> dict[str, Chunks]:
+    """{dataset: generated chunks beside the recorded ones, on evenly spaced frames of `source`, in robot units}."""
     actor = Actor(cfg, source.layout, params, head=head, mesh=mesh)
     out = {}
     for d, index in enumerate(source.indexes):
-        picked = source.frames[d].spread(frames)
-        errors, baseline, valid, first = [], [], [], []
+        picked, samples, predicted, valid = source.frames[d].spread(frames), [], [], []
         for at in range(0, len(picked), batch):
-            samples = [source.sample(d, int(f)) for f in picked[at : at + batch]]
-            for s, (chunk, ok) in zip(samples, actor([request(source, d, s) for s in samples])):
-                predicted = source.normalizers[d]["action"].denormalize(chunk)
-                keep = s.action_mask
-                errors.append(np.abs(predicted - s.actions)[keep])
-                baseline.append(np.abs(source.statistics[d]["action"].mean - s.actions)[keep])
+            some = [source.sample(d, int(f)) for f in picked[at : at + batch]]
+            for s, (chunk, ok) in zip(some, actor([request(source, d, s) for s in some])):
+                samples.append(dataclasses.replace(s, images={}))
+                predicted.append(chunk_errors.as_given(source.normalizers[d]["action"].denormalize(chunk), index.card.action.dims))
                 valid.append(ok)
-                first.append((s.actions[0], predicted[0]))
-        out[index.card.name] = {
-            "mae": _by_unit(errors, index.card.action.dims),
-            "baseline": _by_unit(baseline, index.card.action.dims),
-            "valid": float(np.mean(valid)),
-            "first": tuple(map(np.stack, zip(*first))),
-        }
+        out[index.card.name] = Chunks(
+            dims=index.card.action.dims,
+            recorded=np.stack([s.actions for s in samples]),
+            predicted=np.stack(predicted),
+            mask=np.stack([s.action_mask for s in samples]),
+            valid=np.array(valid),
+            prompts=tuple(s.prompt for s in samples),
+            mean=source.statistics[d]["action"].mean,
+        )
     return out
 
 
@@ -165,9 +193,3 @@ def request(source: Source, dataset: int, s) -> Request:
     """A sample's observation, as the actor takes it."""
     state = source.normalize_state(dataset, s.state)
     return Request(list(s.images.values()), state, source.prompt(dataset, s.prompt, state), len(s.actions), s.actions.shape[1])
-
-
-def _by_unit(errors: list[np.ndarray], dims) -> dict[str, float]:
-    mean = np.concatenate(errors).mean(axis=0)
-    units = [d.unit if d.kind != "binary" else "gripper" for d in dims]
-    return {u: float(np.mean([e for e, unit in zip(mean, units) if unit == u])) for u in dict.fromkeys(units)}
