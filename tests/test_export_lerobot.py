@@ -108,6 +108,8 @@ def test_lerobot_loads_it_and_says_the_same(made, tmp_path):
     postfix = np.array([*layout.opening, *layout.ids[ids], *layout.closing])
     ours, greedy = logits(t, images, prefix, postfix), []
     assert valid and ours.std() > 0.3
+    begun = [logits(t, images, p, np.array([], int))[-1] for p in (prefix, np.append(prefix, layout.text.bos))]
+    assert np.abs(begun[0] - begun[1]).max() > 0.3  # a second BOS is no small thing
     for _ in range(6):
         greedy.append(int(logits(t, images, np.append(prefix, layout.text.bos), np.array(greedy, int))[-1].argmax()))
     given = {"images": images, "state": state.astype(np.float32), "task": "push the red_block", "prompt": prefix, "postfix": postfix}
