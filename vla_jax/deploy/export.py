@@ -62,7 +62,7 @@ def _native(t, folder: Path, *, dtype: str, robot: str, shard_bytes: int, place:
     """robot: of the other formats; ours keeps all."""
     from vla_jax.models.weights_out import save_shards
 
-    save_shards(t.cast(dtype).items(), folder, "params", shard_bytes=shard_bytes, about={"format": FORMAT})
+    save_shards(sorted(t.cast(dtype).items()), folder, "params", shard_bytes=shard_bytes, about={"format": FORMAT})
     (folder / "action_tokenizer.json").write_text(json.dumps(t.meta.action_tokenizer))
     (folder / "text.model").write_bytes(base64.b64decode(t.meta.text_model))
     (folder / "robots").mkdir()
