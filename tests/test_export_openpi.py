@@ -29,7 +29,7 @@ found = {}
 for name, kind, dtype in (("as it is", np.ndarray, None), ("on devices", jax.Array, None), ("in bfloat16", jax.Array, jnp.bfloat16)):
     with ocp.PyTreeCheckpointer() as reader:
         told = reader.metadata(path)
-        told = told if "params" in told else told.item_metadata.tree
+        told = told.item_metadata.tree if hasattr(told, "item_metadata") else told  # as newer Orbax has it
         item = {"params": told["params"]}
         how = ocp.ArrayRestoreArgs(sharding=place if kind is jax.Array else None, restore_type=kind, dtype=dtype)
         tree = reader.restore(path, ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(lambda _: how, item)))["params"]
