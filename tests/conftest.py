@@ -64,3 +64,19 @@ def tiny(tabletop, tmp_path_factory):
         "mesh.fsdp=2",
     ]
     return lambda *overrides: config.load("configs/demo.py", [*small, *overrides])[0]
+
+
+@pytest.fixture(scope="session")
+def openpi_run(tabletop, tmp_path_factory) -> Path:
+    """The workdir of two steps of a tiny model in layout openpi, with a running mean of its weights: what exports begin with."""
+    from vla_jax import config
+    from vla_jax.train import loop
+
+    base = tmp_path_factory.mktemp("openpi_run")
+    layout = ["tokens.layout=openpi", "tokens.state=text", "tokens.text_model=default", "tokens.action_vocab=64", "tokens.limit=250"]
+    pack = ["pack.rows=8", "pack.group=2", "pack.length=192", "pack.images=4", "pack.targets=192"]
+    train = ["train.steps=2", "train.warmup=0", "train.ema=0.5", "train.eval_batches=1", "model.preset=tiny", "mesh.data=-1", "mesh.fsdp=2"]
+    data = [f"data.root={tabletop}", f"data.index_dir={base / 'index'}", "data.holdout=0.2"]
+    c, _ = config.load("configs/demo.py", [*data, *layout, *pack, *train])
+    loop.train(loop.prepare(c, base / "run"), quiet=True)
+    return base / "run"

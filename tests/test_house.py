@@ -13,6 +13,7 @@ FLOORS = {
     "config": 0,
     "paths": 0,
     "tree": 0,
+    "folders": 0,
     "console": 0,
     "launch": 1,
     "hardware": 0,
@@ -34,7 +35,7 @@ FLOORS = {
 # package -> the only files that may import it
 ONLY = {
     "flax": {"models/"},
-    "orbax": {"train/checkpoint.py", "deploy/export.py", "models/pretrained.py", "models/weight_files.py"},
+    "orbax": {"train/checkpoint.py", "deploy/openpi.py", "models/pretrained.py", "models/weight_files.py"},
     "tensorflow": {"tabletop/record.py", "bench/data_peers.py", "bench/data_sets.py"},
     "tensorflow_datasets": {"tabletop/record.py", "sims/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
     "rlds": {"tabletop/record.py"},

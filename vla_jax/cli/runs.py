@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -27,9 +28,15 @@ def add(commands) -> None:
     p = command(commands, "runs", _runs, "the curves of one run or of several, on a page")
     p.add_argument("run_dirs", nargs="+", metavar="DIR", help="workdirs of runs")
     p.add_argument("--out", required=True, metavar="FILE.html")
-    p = command(commands, "export", _export, "a checkpoint -> a folder that acts on its own")
+    p = command(commands, "export", _export, "a checkpoint -> a folder that acts on its own, or one for openpi, LeRobot or transformers")
     p.add_argument("run_dir", metavar="RUN[@STEP]", help="the workdir of a run, and optionally a step of it")
     p.add_argument("out", metavar="OUT")
+    p.add_argument("--format", default="native", choices=("native", "openpi", "lerobot", "hf"), help="default: native (docs/export.md)")
+    p.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=None, help="the weights' running mean (default: where one was kept)"
+    )
+    p.add_argument("--dtype", default="f32", choices=("f32", "bf16"), help="of the matrices (default: f32)")
+    p.add_argument("--robot", default="", metavar="NAME", help="a card of the run, for lerobot, which is of one robot")
     p = command(commands, "import", _import, "pretrained weights of others -> a folder for model.init")
     p.add_argument("source", metavar="SRC", help="a file or folder")
     p.add_argument("--format", required=True, choices=("hf", "big_vision", "openpi"))
@@ -156,7 +163,8 @@ def _export(args) -> int:
     run_dir, _, step = args.run_dir.partition("@")
     if step and not step.isdigit():
         raise UserError(f"{args.run_dir}: what follows @ is a step number, got {step!r}")
-    print(f"exported to {export.export(run_dir, args.out, step=int(step) if step else None)}")
+    how = {"kind": args.format, "ema": args.ema, "dtype": args.dtype, "robot": args.robot}
+    print(f"exported to {export.export(run_dir, args.out, step=int(step) if step else None, **how)}")
     return 0
 
 

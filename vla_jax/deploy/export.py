@@ -1,95 +1,118 @@
-"""A checkpoint -> a folder that acts on its own: weights, robots' cards and statistics, tokenizers, checksums. No code in it.
+"""A checkpoint -> a folder to hand on: our own format, or that of openpi, LeRobot or `transformers` (a module each). No code in ours.
 
-params.safetensors     parameters by path (EMA where one was kept)
-policy.json            model, data and token settings, cards, statistics, the run's step
+params.safetensors     parameters by path; above 5 GB in several files, with params.safetensors.index.json
+policy.json            settings of model, data and tokens, and the run's step
+robots/NAME.json       card, statistics and specification of a robot
 action_tokenizer.json  text.model
+README.md              what it was trained on, how far, under which licences
 SHA256SUMS             of all files, in the format of the sha256sum program
+
+All but the parameters is read with numpy alone (`about`). A run begins with such a folder by model.init.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-
-from vla_jax import __version__, tree
+from vla_jax import __version__, folders, tree
 from vla_jax.types import UserError
 
-FORMAT = "vla_jax.policy.1"
+FORMAT = "vla_jax.policy.2"
+FORMATS = ("native", "openpi", "lerobot", "hf")
+SHARD_BYTES = 5 * 10**9
 
 
-def export(workdir: str | Path, out: str | Path, *, step: int | None = None) -> Path:
-    """Writes the folder `out`, which must not hold anything yet. Raises: UserError when there is nothing to export."""
-    from vla_jax.models import lora
-    from vla_jax.train import workdir as workdirs
-    from vla_jax.train.checkpoint import Checkpointer, Damaged  # here, so that a robot's program loads no Orbax
+def export(
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    kind: str = "native",
+    ema: bool | None = None,
+    dtype: str = "f32",
+    robot: str = "",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes the folder `out`, which must not hold anything yet: whole, or nothing of it. kind: of FORMATS. ema: the running mean of the
+    weights, or not; None: where one was kept. dtype: of trained.DTYPES. robot: name of a card, where a format is of one robot.
 
-    workdir, out = workdirs.place(workdir), Path(out).expanduser()
-    workdirs.is_run(workdir)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty. Give a new folder.")
-    checkpoints = Checkpointer(workdir)
-    try:
-        step = checkpoints.latest() if step is None else step
-        if step is None:
-            raise UserError(f"{workdir}/checkpoints holds no finished checkpoint yet.")
-        meta = checkpoints.meta(step)
-        params = lora.merge(checkpoints.params(step), meta.config["train"].get("lora_alpha", 0.0))
-    except Damaged as e:
-        raise UserError(f"{e}. Export another step: RUN@STEP, with one of {checkpoints.steps()}.") from e
-    finally:
-        checkpoints.close()
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in tree.flatten(params).items()}, out / "params.safetensors")
-    (out / "action_tokenizer.json").write_text(json.dumps(meta.action_tokenizer))
-    (out / "text.model").write_bytes(base64.b64decode(meta.text_model))
-    body = {
-        "format": FORMAT,
-        "vla_jax": __version__,
-        "step": step,
-        "config": meta.config,
-        "vocab": meta.vocab,
-        "state_dim": meta.state_dim,
-        "cards": meta.cards,
-        "stats": meta.stats,
-    }
-    (out / "policy.json").write_text(json.dumps(body, indent=1))
-    files = sorted(p for p in out.iterdir() if p.name != "SHA256SUMS")
-    (out / "SHA256SUMS").write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in files))
+    Raises: UserError when there is nothing to export, or the format has no place for what the run has.
+    """
+    from vla_jax.deploy import card, hf, lerobot, openpi, trained
+
+    targets = {"openpi": openpi, "lerobot": lerobot, "hf": hf}
+    for name, value, allowed in (("format", kind, FORMATS), ("dtype", dtype, trained.DTYPES)):
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}; there are: {', '.join(allowed)}")
+    out = Path(out).expanduser().absolute()
+    folders.free(out)
+    t = trained.read(workdir, step=step, ema=ema)
+    notes = targets[kind].check(t, robot=robot) if kind in targets else []
+    with folders.written(out) as partial:
+        write = targets[kind].write if kind in targets else _native
+        write(t, partial, dtype=dtype, robot=robot, shard_bytes=shard_bytes, place=out)
+        (partial / "README.md").write_text(card.text(t, kind, dtype, notes))
+        folders.seal(partial)
     return out
 
 
+def _native(t, folder: Path, *, dtype: str, robot: str, shard_bytes: int, place: Path) -> None:
+    """robot: of the other formats; ours keeps all."""
+    from vla_jax.models.weights_out import save_shards
+
+    save_shards(sorted(t.cast(dtype).items()), folder, "params", shard_bytes=shard_bytes, about={"format": FORMAT})
+    (folder / "action_tokenizer.json").write_text(json.dumps(t.meta.action_tokenizer))
+    (folder / "text.model").write_bytes(base64.b64decode(t.meta.text_model))
+    (folder / "robots").mkdir()
+    for raw, numbers, r in zip(t.meta.cards, t.meta.stats, t.robots):
+        told = {"card": raw, "stats": numbers, "spec": r.spec()}
+        (folder / "robots" / f"{r.card.name}.json").write_text(json.dumps(told, indent=1))
+    body = {
+        "format": FORMAT,
+        "vla_jax": __version__,
+        "step": t.step,
+        "weights": t.weights,
+        "dtype": dtype,
+        "config": t.meta.config,
+        "vocab": t.cfg.vocab,
+        "state_dim": t.meta.state_dim,
+        "robots": [r.card.name for r in t.robots],
+    }
+    (folder / "policy.json").write_text(json.dumps(body, indent=1))
+
+
+def about(folder: str | Path, *, weights: bool = False) -> tuple[dict, dict[str, dict]]:
+    """-> (policy.json, {robot: {card, stats, spec}}), after checking every checksum (weights: those of the parameters, too).
+    Imports no jax. Raises: UserError when a file is missing, damaged or of another format."""
+    folder = Path(folder).expanduser()
+    names = folders.verify(folder, "exported policy", but=() if weights else (".safetensors",))
+    try:
+        body = json.loads((folder / "policy.json").read_text())
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            found = body.get("format") if isinstance(body, dict) else body
+            raise UserError(f"{folder} has format {str(found)[:80]!r}, this version reads {FORMAT!r}")
+        files = [f"robots/{name}.json" for name in body["robots"]]
+        if absent := [f for f in files if f not in names]:
+            raise UserError(f"{folder} lacks {', '.join(absent)}, or its checksum")
+        return body, {name: json.loads(folders.inside(folder, f).read_text()) for name, f in zip(body["robots"], files)}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as e:
+        raise UserError(f"{folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e
+
+
 def read(folder: str | Path) -> tuple[dict, dict, Path]:
-    """-> (policy.json, nested parameters, the folder), after checking every checksum.
+    """-> (policy.json with the robots' files under `robot`, nested parameters, the folder), after checking every checksum.
 
     Raises: UserError when a file is missing, damaged or of another format.
     """
+    from vla_jax.models import weight_files
+
     folder = Path(folder).expanduser()
-    sums = folder / "SHA256SUMS"
-    if not sums.is_file():
-        raise UserError(f"{folder} is no exported policy: it has no SHA256SUMS. Make one with `vla-jax export RUN OUT`.")
-    for line in sums.read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        file = folder / name
-        if file.resolve().parent != folder.resolve() or not file.is_file():
-            raise UserError(f"{folder}: {name!r} is listed in SHA256SUMS but is not a file of this folder")
-        if _sha256(file) != digest:
-            raise UserError(f"{file} is damaged: its SHA-256 differs from SHA256SUMS. Copy the folder again.")
+    body, robots = about(folder, weights=True)
+    names = [line.partition("  ")[2] for line in (folder / folders.SUMS).read_text().splitlines()]
     try:
-        body = json.loads((folder / "policy.json").read_text())
-        params = tree.unflatten(load_file(folder / "params.safetensors"))
-    except (OSError, ValueError, RecursionError, SafetensorError) as e:
-        raise UserError(f"{folder} is no exported policy: {e}") from e
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise UserError(f"{folder} has format {body.get('format') if isinstance(body, dict) else body!r}, this version reads {FORMAT!r}")
-    return body, params, folder
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        params = {path: part[...] for path, part in weight_files.exported_tensors(folder, names).items()}
+    except Exception as e:  # whatever safetensors makes of an odd file
+        raise e if isinstance(e, UserError) else UserError(f"{folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e
+    return body | {"robot": robots}, tree.unflatten(params), folder

@@ -11,10 +11,11 @@ import numpy as np
 
 from vla_jax import config as configs
 from vla_jax import tree
-from vla_jax.data import cards, images, sample, stats
+from vla_jax.data import images, sample
 from vla_jax.data.cards import DatasetCard
 from vla_jax.data.stats import Normalizer
 from vla_jax.deploy import export
+from vla_jax.deploy.trained import Robot, model_config
 from vla_jax.models import presets, vla
 from vla_jax.models.act import Actor, Request
 from vla_jax.models.decode import GREEDY, Sampling
@@ -54,15 +55,7 @@ class Policy:
 
     def spec(self) -> dict:
         """What to send and what comes back, for people and for checks."""
-        shape = [self.image_size, self.image_size, 3]
-        return {
-            "robot": self.card.robot,
-            "control_hz": self.card.control_hz,
-            "images": {v: f"uint8 RGB [h, w, 3], resized to {shape}" for v in self.views},
-            "history": f"{self.history} steps; of the step n before now: images 'base@-n' where there is one, states oldest first",
-            "state": [dataclasses.asdict(d) for d in self.card.state.dims],
-            "action": {"steps": self.steps, "dims": [dataclasses.asdict(d) for d in self.card.action.dims]},
-        }
+        return Robot(self.card, {}, self.views, self.steps, self.image_size, self.history).spec()
 
     def act(self, observations: list[dict], *, malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
         """Each {"images": {view: u8[h w 3]}, "state": f32[s] (with a history of t steps f32[t s]), "prompt": str} -> (actions f32[steps a], well formed).
@@ -138,16 +131,7 @@ def _made(body: dict, params: dict, folder: Path, head: str, mesh, sampling: Sam
     config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
     words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
     layout = Layout.of(config.tokens, words, action, presets.tokens_per_image(config.model.preset, config.data.image_size))
-    cfg = presets.resolve(
-        config.model.preset,
-        vocab=body["vocab"],
-        image_size=config.data.image_size,
-        state_dim=body["state_dim"],
-        dtype=config.model.dtype,
-        remat="none",
-        expert=config.model.expert,
-        expert_dims=config.model.expert_dims,
-    )
+    cfg = model_config(config, vocab=body["vocab"], state_dim=body["state_dim"])
     of = lambda params: {path: x.shape for path, x in tree.flatten(params).items()}
     if of(params) != (wanted := of(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))):
         wrong = sorted(of(params).items() ^ wanted.items())[0][0]
@@ -159,17 +143,17 @@ def _made(body: dict, params: dict, folder: Path, head: str, mesh, sampling: Sam
     if head not in trained:
         raise UserError(f"head is {head!r}, and {folder} was trained for {' and '.join(trained)} (train.objective)")
     actor, out = Actor(cfg, layout, params, head=head, mesh=mesh, sampling=sampling), {}
-    for raw, numbers in zip(body["cards"], body["stats"]):
-        card, s = cards.from_dict(raw, where=str(folder / "policy.json")), stats.from_json(numbers)
-        out[card.name] = Policy(
-            card=card,
-            views=tuple(v for v in config.data.views if v in card.views),
-            steps=sample.chunk_steps(card.control_hz, config.data.chunk_s, config.data.max_chunk),
-            image_size=config.data.image_size,
+    for name, told in body["robot"].items():
+        r = Robot.of(config, told["card"], told["stats"], where=f"{folder}/robots/{name}.json")
+        out[r.card.name] = Policy(
+            card=r.card,
+            views=r.views,
+            steps=r.steps,
+            image_size=r.image_size,
             resize=config.data.resize,
-            history=config.data.history,
-            state=Normalizer.make(s["state"], card.state.dims),
-            action=Normalizer.make(s["action"], card.action.dims),
+            history=r.history,
+            state=Normalizer.make(r.stats["state"], r.card.state.dims),
+            action=Normalizer.make(r.stats["action"], r.card.action.dims),
             layout=layout,
             actor=actor,
         )

@@ -6,16 +6,19 @@ devices' share.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from vla_jax import tree
+from vla_jax import folders, tree
 from vla_jax.models import weight_files
 from vla_jax.models.presets import Expert, VLAConfig
 from vla_jax.models.weight_files import POSITION, TABLE, Leaf
+from vla_jax.tokens import files
+from vla_jax.tokens.sequence import Layout
 from vla_jax.types import UserError
 
 
@@ -73,6 +76,27 @@ def load(
         except Exception as e:  # files of others: whatever is wrong with them is theirs
             raise UserError(f"{path} cannot be taken from {source}{f' and {more}' if more else ''}: {type(e).__name__}: {e}") from e
     return tree.unflatten({path: out[path] for path in want})
+
+
+def known_rows(init: str | Path, layout: Layout, rows: int) -> int:
+    """How many rows of the embedding in a folder for model.init mean what they mean in `layout`: those of the text, and of an export
+    whose action tokenizer is the same all that fit into `rows`. Raises: UserError for an export with another text model."""
+    folder = Path(init).expanduser()
+    if not (folder / weight_files.EXPORTED).is_file():
+        return layout.text.vocab_size
+    text = folders.inside(folder, "text.model").read_bytes()
+    if text != layout.text.model:
+        raise UserError(
+            f"model.init {folder} was trained with another text model (SHA-256 {hashlib.sha256(text).hexdigest()[:16]}, here "
+            f"{layout.text.digest}): its embedding would be of other words. Set tokens.text_model to {folder / 'text.model'}."
+        )
+    try:
+        told = json.loads((folder / weight_files.EXPORTED).read_text())
+        action = files.load(folders.inside(folder, "action_tokenizer.json"))
+        alike = action == layout.action and told["config"]["tokens"]["layout"] == layout.name
+        return min(rows, int(told["vocab"])) if alike else layout.text.vocab_size
+    except (OSError, *files.ODD) as e:
+        raise UserError(f"model.init {folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e
 
 
 def _fit(path: str, leaf: Leaf, shape: tuple[int, ...], text_vocab: int, seed: int) -> Leaf:

@@ -17,13 +17,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from vla_jax import tree
+from vla_jax import folders, tree
 from vla_jax.models.presets import VLAConfig
 from vla_jax.types import UserError
 
 FORMATS = ("hf", "big_vision", "openpi", "native")
 _OURS = re.compile(r"(img|llm|expert)/.*")
 TABLE, POSITION = "llm/embedder/input_embedding", "img/pos_embedding"
+EXPORTED = "policy.json"  # what tells a folder of `vla-jax export` from one of `vla-jax import`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +283,28 @@ def _orbax(folder: Path, *inside: str) -> Found:
     return {n: Leaf(tuple(stored[m].shape), False, lambda _, m=m: read(m)) for n, m in names.items()}, wrong
 
 
+def _exported(folder: Path) -> Found:
+    """A folder of `vla-jax export`, one file of safetensors or several, after checking every checksum."""
+    names = folders.verify(folder, "exported policy")
+    tensors = exported_tensors(folder, names)
+    wrong = [f"{n} holds {t.get_dtype()}" for n, t in tensors.items() if t.get_dtype() not in ("F32", "BF16")]
+    return {n: Leaf(tuple(t.get_shape()), False, lambda _, t=t: t[...]) for n, t in tensors.items()}, wrong
+
+
+def exported_tensors(folder: Path, names: list[str]) -> dict:
+    """{path: a slice of safetensors} of an export whose files are `names`. Raises: UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    out: dict = {}
+    for name in sorted(n for n in names if n.endswith(".safetensors")):
+        try:
+            opened = safe_open(folders.inside(folder, name), "np")
+            out |= {key: opened.get_slice(key) for key in opened.keys()}
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{folder / name} is no safetensors file: {e}") from e
+    return out
+
+
 def _floating(dtype) -> bool:
     return np.dtype(dtype).kind == "f" or dtype == ml_dtypes.bfloat16
 
@@ -297,5 +320,7 @@ def read(place: str | Path, kind: str, cfg: VLAConfig) -> Found:
         return _hf(path, cfg)
     if kind == "big_vision":
         return _big_vision(path, cfg)
+    if kind == "native" and (path / EXPORTED).is_file():
+        return _exported(path)
     inside = path / "params" if (path / "params").is_dir() else path  # the folder of params itself will do
     return _orbax(inside, *(("params",) if kind == "openpi" else ()))

@@ -237,6 +237,22 @@ def _from_hf(settings: dict, file: dict, folder: Path) -> PublishedFast:
     return from_json(body | {"words": cut.get("use_regex", True)}, str(folder))
 
 
+def to_hf(tokenizer: PublishedFast) -> dict:
+    """The inverse of `load`, for tokenizer.json."""
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": tokenizer.words}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+    }
+    model |= {"vocab": {piece: i for i, piece in enumerate(tokenizer.pieces)}, "merges": [list(m) for m in tokenizer.merges]}
+    out = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+    return out | {"pre_tokenizer": cut, "post_processor": None, "decoder": cut, "model": model}
+
+
 def _read(path: Path) -> dict:
     try:
         values = json.loads(path.read_text())

@@ -101,6 +101,9 @@ class TextTokenizer:
         """The same few thousand prompts come again and again."""
         return functools.lru_cache(maxsize=1 << 14)(self._sp.encode)
 
+    def piece(self, id: int) -> str:
+        return self._sp.id_to_piece(id)
+
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode(ids)
 

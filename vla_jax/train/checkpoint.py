@@ -176,17 +176,24 @@ class Checkpointer:
                 f"checkpoint {self.path}/{step} is damaged: {len(bad)} of {len(sums)} arrays are not what was saved, {bad[0]} among them"
             )
 
-    def params(self, step: int) -> dict:
-        """All parameters (EMA where one is kept) as host arrays, on any number of devices: for export. Raises: Damaged."""
-        folder, sums, reader = self.path / str(step) / "state", self.meta(step).sums, ocp.PyTreeCheckpointHandler()
+    def weights(self, step: int, ema: bool | None = None) -> str:
+        """Which parameters `params` takes: ema where they were kept, or params; ema: which are wanted. Raises: UserError, Damaged."""
+        kept = any(path.startswith("ema/") for path in self.meta(step).sums)
+        if ema and not kept:
+            raise UserError(f"{self.path}/{step} has no running mean of its weights (train.ema was 0). Leave --ema out.")
+        return "ema" if (kept if ema is None else ema) else "params"
+
+    def params(self, step: int, *, ema: bool | None = None) -> dict:
+        """All parameters, of those that `weights` says, as host arrays; nothing else is read. Raises: UserError, Damaged."""
+        which, sums = self.weights(step, ema), self.meta(step).sums
+        folder, reader = self.path / str(step) / "state", ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         with self._whole(step):
-            there = reader.metadata(folder).tree
-            name = "ema" if there.get("ema") else "params"
-            wanted = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), there[name])}
-            host = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=host, partial_restore=True))
-        self._verify(step, tree, sums)
-        return tree[name]
+            stored = reader.metadata(folder).item_metadata.tree[which]
+            every = lambda x: {which: jax.tree.map(lambda _: x, stored)}
+            how = {"restore_args": every(ocp.RestoreArgs(restore_type=np.ndarray)), "partial_restore": True}
+            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(item=every(0), **how))
+        self._verify(step, tree, {path: n for path, n in sums.items() if path.startswith(f"{which}/")})
+        return tree[which]
 
     def set_aside(self, steps: list[int]) -> None:
         """Moves steps to `damaged/` in the workdir, so that the run can write them again. Every process calls it."""

@@ -18,7 +18,7 @@ from vla_jax.config import Config, Train
 from vla_jax.data import feed, stats
 from vla_jax.data.source import Source, open_source
 from vla_jax.data.stream import Stream, initial_state
-from vla_jax.models import attention, flops, lora, presets, vla
+from vla_jax.models import attention, flops, lora, presets, pretrained, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens import files
 from vla_jax.train import evaluate, metrics, optim, resume, state, step
@@ -52,7 +52,8 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json", refit=not started)
     cfg = state.model_config(config, vocab=source.layout.vocab_size, state_dim=source.shape[2])
     trained = lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train)  # patterns are checked
-    drawn = source.layout.vocab_size - source.layout.text.vocab_size
+    known = pretrained.known_rows(config.model.init, source.layout, cfg.vocab) if config.model.init else 0
+    drawn = max(0, source.layout.vocab_size - known)
     if config.model.init and config.train.objective != "flow" and drawn and not vla.embedding(trained):
         raise UserError(
             f"the rows of the embedding for {drawn} action tokens are not in model.init, and would stay random: add 'llm/embedder/.*' to "
@@ -92,9 +93,9 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
         current, clock = state.started_again(restored), (meta.productive_s, meta.started)
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
-        current = state.create(
-            run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema, init=config.model.init, text_vocab=run.source.layout.text.vocab_size
-        )
+        init = config.model.init
+        known = pretrained.known_rows(init, run.source.layout, run.cfg.vocab) if init else 0
+        current = state.create(run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema, init=init, text_vocab=known)
     if first >= t.steps:
         if main and not quiet:
             print(f"already done: {run.workdir} is at step {first} of {t.steps}")
