@@ -34,9 +34,12 @@ FLOORS = {
 ONLY = {
     "flax": {"models/"},
     "orbax": {"train/checkpoint.py", "deploy/export.py", "models/pretrained.py", "models/weight_files.py"},
-    "tensorflow": {"tabletop/record.py", "bench/data_peers.py", "bench/data_sets.py"},
-    "tensorflow_datasets": {"tabletop/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
+    "tensorflow": {"tabletop/record.py", "data/convert.py", "bench/data_peers.py", "bench/data_sets.py"},
+    "tensorflow_datasets": {"tabletop/record.py", "data/write.py", "data/convert.py", "bench/data_peers.py", "bench/data_sets.py"},
     "rlds": {"tabletop/record.py"},
+    "pyarrow": {"data/lerobot.py"},
+    "av": {"data/video.py"},
+    "h5py": {"data/hdf5.py"},
     "matplotlib": {"report.py"},
 }
 
