@@ -7,18 +7,20 @@ large cameras does not lie in memory as pixels.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
-import simplejpeg
 
 from vla_jax.data import images
 from vla_jax.types import UserError
 
-MOST_NUMBERS = 4096  # a step's field of more is no state or action; depth pictures are the usual case
+_MOST_NUMBERS = 4096  # a step's field of more is no state or action
+# Full colour resolution: many robots' pictures are small. OpenCV's encoder, not simplejpeg's, which takes the fast, less exact DCT.
+_JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444, cv2.IMWRITE_JPEG_QUALITY)
 _LARGEST = 1 << 28  # numbers in one field of an episode; a damaged file may announce any shape
 
 
@@ -112,6 +114,11 @@ def unique(keys: dict[str, str], said_by: str) -> dict[str, str]:
     return keys
 
 
+def is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether a step's field of that shape may be a state or an action, not a picture of depth or of segments."""
+    return len(shape) <= 2 and math.prod(shape) <= _MOST_NUMBERS
+
+
 def stored(dtype: np.dtype) -> str | None:
     """The dtype that numbers are written in: tensorflow-datasets stores all floats as float32. None: no numbers."""
     if dtype.kind == "f":
@@ -149,10 +156,7 @@ def _first(odd: np.ndarray) -> int:
 
 def bounded(name: str, shape: tuple[int, ...]) -> None:
     """Raises: Damaged when an array of that shape would be no episode's."""
-    size = 1
-    for d in shape:
-        size *= int(d)
-    if size > _LARGEST:
+    if math.prod(map(int, shape)) > _LARGEST:
         raise Damaged("too large", f"{name} announces the shape {list(shape)}; {_LARGEST} numbers at most are read")
 
 
@@ -169,8 +173,7 @@ def encoding_of(data: bytes) -> str:
 
 
 def encode(picture: np.ndarray | bytes, camera: Camera, encoding: str, *, quality: int, rotate: bool = False) -> bytes:
-    """A picture as the bytes of a file in `encoding`. A file that is in it already is copied byte for byte, if it decodes. JPEG keeps full
-    colour resolution: many robots' pictures are small.
+    """A picture as the bytes of a file in `encoding`. A file that is in it already is copied byte for byte, if it decodes.
 
     Raises: Damaged when it does not decode or has another size than the camera's.
     """
@@ -184,6 +187,5 @@ def encode(picture: np.ndarray | bytes, camera: Camera, encoding: str, *, qualit
     if copied:
         return picture
     pixels = np.ascontiguousarray(pixels[::-1, ::-1] if rotate else pixels)
-    if encoding == "jpeg":
-        return simplejpeg.encode_jpeg(pixels, quality=quality, colorsubsampling="444")
-    return cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png" if encoding == "png" else ".jpg", bgr, [] if encoding == "png" else [*_JPEG, quality])[1].tobytes()

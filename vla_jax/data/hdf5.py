@@ -126,7 +126,7 @@ def _source(place: Path, layout: str, jobs: list, broken: dict, f: h5py.File, na
             left.append(f"{source} ({ds.dtype} {list(ds.shape)}, for {steps} actions)")
         elif camera := _camera(ds):
             cameras[key] = camera
-        elif (dtype := demos.stored(ds.dtype)) and np.prod(ds.shape[1:]) <= demos.MOST_NUMBERS:
+        elif (dtype := demos.stored(ds.dtype)) and demos.is_vector(ds.shape[1:]):
             fields[key] = Field(tuple(ds.shape[1:]), dtype, _names(source, ds.shape[1:], layout))
         else:
             left.append(f"{source} ({ds.dtype} {list(ds.shape[1:])})")

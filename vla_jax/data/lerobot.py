@@ -153,7 +153,7 @@ def read(place: Path) -> Source:
                 kinds[name] = demos.stored(np.dtype(kind)) or ""
             except TypeError:
                 kinds[name] = ""
-            if int(np.prod([max(x, 1) for x in f["shape"]])) > demos.MOST_NUMBERS:
+            if not demos.is_vector(tuple(f["shape"])):
                 kinds[name] = ""
         if not kinds[name]:
             left.append(f"{name} ({kind} {f['shape']})")
