@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-EXTRAS='rlds,sim,fast,serve,oracles,dev'
+EXTRAS='rlds,convert,sim,fast,serve,oracles,dev'
 STATE=.venv/.vla_setup # holds the key once the set-up is complete, "begun" before; a .venv without it is not ours
 KEY="$(cat pyproject.toml constraints.txt | cksum) $EXTRAS $(pwd)" # scripts in a venv hold its path: no moving
 

@@ -26,7 +26,7 @@ def add(commands) -> None:
     p.add_argument("--episodes", type=positive, metavar="N", help="only the first N")
     pictures = p.add_mutually_exclusive_group()
     pictures.add_argument("--quality", type=positive, default=95, help="of JPEGs made from pixels or video (default 95)")
-    pictures.add_argument("--png", action="store_true", help="PNG instead: nothing is lost, three to ten times the size")
+    pictures.add_argument("--png", action="store_true", help="PNG instead: larger, nothing is lost")
     p.add_argument("--prompt", default="", metavar="TEXT", help="the instruction of episodes that have none")
     p.add_argument("--rotate", action="store_true", help="turn every picture by 180 degrees, as published LIBERO sets are")
     for name, run, text in (
