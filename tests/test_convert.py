@@ -407,7 +407,7 @@ def test_sources_that_are_refused(tmp_path, capsys):
     check(tmp_path / "v1", "convert_dataset_v1_to_v2.py")
     src = tmp_path / "src"
     recordings.lerobot_v2(src, lengths=())
-    check(src, "no episode can be used; nothing is written. The source has none.")
+    check(src, "has no episodes: nothing is written")
     info = json.loads((src / "meta/info.json").read_text())
     for change, says in (
         ({"codebase_version": "v1.6"}, "of version v1.6; v2.0, v2.1 and v3.0 are read (convert it to v2"),
@@ -426,6 +426,17 @@ def test_sources_that_are_refused(tmp_path, capsys):
         check(src, says)
     recordings.lerobot_v2(tmp_path / "two")
     check(tmp_path / "two", "must be a name of letters", "--version", "../1.0.0")
+    recordings.lerobot_v2(tmp_path / "pointers")
+    for path in (tmp_path / "pointers").rglob("*wrist/*.mp4"):
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    check(
+        tmp_path / "pointers",
+        "no picture of observation.images.wrist can be read in the first 3 episodes, the last one says: unreadable video",
+    )
+    recordings.aloha(tmp_path / "nan")
+    for path in (tmp_path / "nan").iterdir():
+        hdf5_change(path, "action", nan)
+    check(tmp_path / "nan", "no episode can be used; nothing is written. Skipped 3: 3 x not finite")
     assert cli.main(["data", "convert", str(tmp_path / "two"), str(out), "--name", "../d"]) == 2
     check(tmp_path / "two", "--layout aloha is for HDF5 files", "--format", "lerobot", "--layout", "aloha")
     check(tmp_path / "two", "--quality 101 is above 100", "--quality", "101")

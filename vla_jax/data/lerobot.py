@@ -31,6 +31,7 @@ _PATHS = {
         "video": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
     },
 }
+_PROBED = 32  # episodes in which a camera is looked for
 _COUNTERS = ("frame_index", "episode_index", "index", "task_index")  # LeRobot's own columns; RLDS says the same by order
 _FAULTS = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IndexError, AttributeError, MemoryError)  # of damaged files
 
@@ -162,13 +163,12 @@ def read(place: Path) -> Source:
     if not names:
         raise UserError(f"{where} has no feature called action (it has: {', '.join(d.features)}): there is nothing to learn from")
     keys = demos.unique(_keys(list(kinds), where), where)
+    if not d.episodes:
+        raise UserError(f"{place} has no episodes: nothing is written")
     fields, cameras = {}, {}
     for name, key in keys.items():
         if kinds[name] in ("video", "image"):
-            if camera := _camera(d, name, kinds[name]):
-                cameras[key] = camera
-            else:
-                left.append(f"{name} (no picture of it can be read)")
+            cameras[key] = _camera(d, name, kinds[name])
         else:
             shape = () if d.features[name]["shape"] == [1] and name.startswith(("next.", "timestamp")) else tuple(d.features[name]["shape"])
             fields[key] = Field(() if kinds[name] == "string" else shape, kinds[name], _names(d.features[name]))
@@ -229,7 +229,10 @@ def _episode(d: _Dataset, row: dict, sources: dict, fields: dict, cameras: dict)
 
 def _stored_pictures(d: _Dataset, column: pa.ChunkedArray) -> Iterator[bytes]:
     for item in column:
-        found = item.as_py()
+        try:
+            found = item.as_py()
+        except _FAULTS as e:
+            raise Damaged("unreadable field", f"a picture: {_short(e)}") from e
         data = found if isinstance(found, bytes) else found.get("bytes") if isinstance(found, dict) else None
         if data is None and isinstance(found, dict) and isinstance(found.get("path"), str):
             path = demos.inside(d.place, found["path"], f"{d.place}: a column of pictures")
@@ -279,17 +282,26 @@ def _keys(names: list[str], where: str) -> dict[str, str]:
     return out
 
 
-def _camera(d: _Dataset, name: str, kind: str) -> Camera | None:
-    """Size and encoding, from the first picture that can be read: info.json is sometimes wrong about the order of the axes."""
-    for row in d.episodes[:32]:
+def _camera(d: _Dataset, name: str, kind: str) -> Camera:
+    """Size and encoding, from the first picture that can be read: info.json is sometimes wrong about the order of the axes.
+
+    Raises: UserError when none of the first episodes has one: the files were perhaps not downloaded.
+    """
+    why: Exception = Damaged("no picture")
+    for row in d.episodes[:_PROBED]:
         try:
             if kind == "video":
-                return Camera(*next(video.frames(d.file("video", row, name), np.array([d.start(row, name)]), TOLERANCE_S)).shape[:2])
+                found = next(video.frames(d.file("video", row, name), np.array([d.start(row, name)]), TOLERANCE_S))
+                return Camera(*found.shape[:2])
             data = next(_stored_pictures(d, d.rows(row, [name, "frame_index"])[name]))
             return Camera(*images.decode(data).shape[:2], demos.encoding_of(data))
-        except (Damaged, images.UndecodableImage, StopIteration, KeyError):
-            continue
-    return None
+        except (Damaged, images.UndecodableImage) as e:
+            why = e
+    tried = min(_PROBED, len(d.episodes))
+    raise UserError(
+        f"{d.place}: no picture of {name} can be read in the first {tried} episodes, the last one says: {why}. "
+        "Fetch the files, or take the camera out of meta/info.json."
+    )
 
 
 def _is_feature(said) -> bool:
