@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-EXTRAS='rlds,plots,fast,serve,gcs,oracles,dev'
+EXTRAS='rlds,convert,plots,fast,serve,gcs,oracles,dev'
 STATE=.venv/.vla_setup # holds the key once the set-up is complete, "begun" before; a .venv without it is not ours
 KEY="$(cat pyproject.toml constraints.txt | cksum) $EXTRAS $(pwd)" # scripts in a venv hold its path: no moving
 

@@ -36,11 +36,20 @@ FLOORS = {
 ONLY = {
     "flax": {"models/"},
     "orbax": {"train/checkpoint.py", "deploy/openpi.py", "models/pretrained.py", "models/weight_files.py"},
-    "tensorflow": {"tabletop/record.py", "bench/data_peers.py", "bench/data_sets.py"},
-    "tensorflow_datasets": {"tabletop/record.py", "sims/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
+    "tensorflow": {"tabletop/record.py", "data/convert.py", "bench/data_peers.py", "bench/data_sets.py"},
+    "tensorflow_datasets": {
+        "tabletop/record.py",
+        "sims/record.py",
+        "data/write.py",
+        "data/convert.py",
+        "bench/data_peers.py",
+        "bench/data_sets.py",
+    },
     "rlds": {"tabletop/record.py"},
+    "pyarrow": {"data/lerobot.py"},
+    "av": {"data/video.py", "deploy/film.py"},
+    "h5py": {"data/hdf5.py"},
     "matplotlib": {"report.py"},
-    "av": {"deploy/film.py"},
     **{simulator: {"sims/environments.py"} for simulator in ("gymnasium", "metaworld", "mujoco", "gym_pusht", "robosuite")},
 }
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from vla_jax import config
-from vla_jax.cli.arguments import bounded, command, positive
+from vla_jax.cli.arguments import bounded, command, folder, positive
 from vla_jax.types import UserError
 
 
@@ -16,6 +16,19 @@ def add(commands) -> None:
     p = command(data, "draft", _data_draft, "a first draft of a dataset's card, from what it says of itself")
     p.add_argument("dataset", metavar="NAME/VERSION")
     p.add_argument("--root", required=True, metavar="DIR", help="folder that holds <dataset>/<version>/")
+    p = command(data, "convert", _data_convert, "LeRobot v2/v3 or HDF5 demonstrations to RLDS, with a first draft of a card")
+    p.add_argument("source", metavar="SRC", help="a LeRobot dataset, an HDF5 file, or a folder of such files")
+    p.add_argument("out", metavar="OUT", type=folder, help="data root; OUT/NAME/VERSION must not exist")
+    p.add_argument("--name", required=True, help="of the dataset: letters, digits and _")
+    p.add_argument("--version", default="1.0.0")
+    p.add_argument("--format", default="", choices=("lerobot", "hdf5"), help="found out if not given")
+    p.add_argument("--layout", default="", choices=("robomimic", "libero", "aloha"), help="of HDF5 files; found out if not given")
+    p.add_argument("--episodes", type=positive, metavar="N", help="only the first N")
+    pictures = p.add_mutually_exclusive_group()
+    pictures.add_argument("--quality", type=positive, default=95, help="of JPEGs made from pixels or video (default 95)")
+    pictures.add_argument("--png", action="store_true", help="PNG instead: larger, nothing is lost")
+    p.add_argument("--prompt", default="", metavar="TEXT", help="the instruction of episodes that have none")
+    p.add_argument("--rotate", action="store_true", help="turn every picture by 180 degrees, as published LIBERO sets are")
     for name, run, text in (
         ("check", _data_check, "hold a card against a dataset's features.json"),
         ("index", _data_index, "index the datasets of a card or mixture in place"),
@@ -68,6 +81,31 @@ def _data_draft(args) -> int:
     if not name or not version or "/" in version:
         raise UserError(f"{args.dataset!r} must be NAME/VERSION, the dataset's folders below --root, as in bridge_dataset/1.0.0")
     print(draft.draft(rlds.dataset_dir(args.root, name, version), name, version), end="")
+    return 0
+
+
+def _data_convert(args) -> int:
+    from tqdm import tqdm
+
+    from vla_jax.data import convert
+
+    if args.quality > 100:
+        raise UserError(f"--quality {args.quality} is above 100, the best that JPEG has; --png loses nothing")
+    place, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    done = convert.convert(
+        place,
+        out,
+        args.name,
+        version=args.version,
+        form=args.format,
+        layout=args.layout,
+        episodes=args.episodes,
+        quality=None if args.png else args.quality,
+        prompt=args.prompt,
+        rotate=args.rotate,
+        progress=lambda read, total: tqdm(read, total=total, desc=args.name, unit="episode"),
+    )
+    print(convert.report(done, out))
     return 0
 
 

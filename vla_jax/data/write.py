@@ -18,14 +18,14 @@ def write(
     features: Any,
     episodes: Iterable[Any],
     *,
-    shards: int = 1,
+    shards: int | None = 1,
     description: str = "",
     array_record: bool = False,
 ) -> str:
     """Writes ROOT/NAME/VERSION with a split `train`; returns that folder, which must not exist yet.
 
     features: a tfds FeaturesDict with `steps`; episodes: what its `encode_example` takes. TFDS orders the episodes by a hash of
-    their number, so reading in file order is already mixed. array_record: ArrayRecord instead of TFRecord files.
+    their number, so reading in file order is already mixed. shards None: as TFDS chooses by size. array_record: ArrayRecord instead of TFRecord files.
     """
     from tensorflow_datasets import core as tfds
     from tensorflow_datasets.core import example_serializer, file_adapters, naming, writer
