@@ -21,8 +21,12 @@ def add(commands) -> None:
         limits.add_argument("--range", default="quantile", choices=("quantile", "minmax", "off"), help="of training (default: quantile)")
         limits.add_argument("--margin", type=float, default=0.05, help="by which q01..q99 is widened, of its width (default: 0.05)")
         limits.add_argument(
-            "--cross-s", type=float, default=1.0, help="least seconds from q01 to q99 of an absolute dimension; 0: any (default: 1)"
+            "--rate",
+            default="seen",
+            choices=("seen", "cross", "off"),
+            help="most change a step of absolute dimensions (default: seen in training)",
         )
+        limits.add_argument("--cross-s", type=float, default=1.0, help="rate cross: least seconds from q01 to q99 (default: 1)")
         limits.add_argument(
             "--max-step", action="append", default=[], type=_pair, metavar="DIM=X", help="most change a step, in the robot's units"
         )
@@ -82,7 +86,7 @@ def _limits(args):
         most = {name: float(value) for name, value in args.max_step}
     except ValueError as e:
         raise UserError(f"--max-step is DIM=NUMBER: {e}") from e
-    return Settings(range=args.range, margin=args.margin, cross_s=args.cross_s, max_step=most)
+    return Settings(range=args.range, margin=args.margin, rate=args.rate, cross_s=args.cross_s, max_step=most)
 
 
 def _serve(args) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
@@ -40,13 +42,16 @@ class _Waiting:
 
 class Batcher:
     """call(robot, observations) -> as many results; it may raise, and is then asked again for each observation alone, so that no request
-    spoils another's. most: in one call; depth: waiting at once."""
+    spoils another's. most: in one call; depth: waiting at once. prepare is called first, in the same thread (what jax compiles is found
+    again fastest there); `prepared` is done when it is.
+    """
 
-    def __init__(self, call: Callable[[str, list[dict]], list], *, most: int, depth: int):
+    def __init__(self, call: Callable[[str, list[dict]], list], *, most: int, depth: int, prepare: Callable[[], object] = lambda: None):
         self._call, self.most, self.depth = call, most, depth
         self._queue: collections.deque[_Waiting] = collections.deque()
         self._changed, self._ending = threading.Condition(), False
         self._since: float | None = None
+        self._prepare, self.prepared = prepare, concurrent.futures.Future()
         self.calls: collections.Counter[int] = collections.Counter()  # how many calls answered n requests
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -70,6 +75,10 @@ class Batcher:
                     self._queue.remove(waiting)
 
     @property
+    def ending(self) -> bool:
+        return self._ending
+
+    @property
     def waiting(self) -> int:
         return len(self._queue)
 
@@ -87,6 +96,11 @@ class Batcher:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
+        try:
+            self.prepared.set_result(self._prepare())
+        except Exception as e:
+            self.prepared.set_exception(e)
+            return
         while batch := self._next():
             self._since = started = time.monotonic()
             results = self._answers(batch)
@@ -94,10 +108,8 @@ class Batcher:
             self.calls[len(batch)] += 1
             for waiting, result in zip(batch, results):
                 answer = result if isinstance(result, Exception) else Answer(result, started - waiting.since, took, len(batch))
-                try:
+                with contextlib.suppress(RuntimeError):  # its loop has ended
                     waiting.loop.call_soon_threadsafe(_deliver, waiting.future, answer)
-                except RuntimeError:  # its loop has ended
-                    pass
 
     def _next(self) -> list[_Waiting]:
         """Those who wait for the same robot as the first in the queue; none: at the end."""

@@ -5,8 +5,9 @@ Of every chunk, in robot units:
 - absolute, delta and velocity dimensions are clamped to the range of the training episodes: q01..q99 widened by `margin` of its width on
   both sides, but not beyond min..max ("quantile"), or min..max ("minmax"). Nought is always within the range of a delta or a velocity: it
   means to stand still;
-- an absolute dimension may change by no more than `max_step` from one step to the next: what crosses q01..q99 in `cross_s` seconds, or the
-  number that was stated for it. The first step counts from where the robot is (the state dimension of the same name, unit and
+- an absolute dimension may change from one step to the next by no more than the largest change that two steps of a training episode had
+  ("seen"); or by what crosses q01..q99 in `cross_s` seconds ("cross", also where the export does not say what was seen, or an
+  angle went once around); or by the number that was stated for it. The first step counts from where the robot is (the state dimension of the same name, unit and
   frame), else from `last_action`; where neither is known it is not limited, and that is counted. An Euler angle (rad, not of a
   joint) goes the shorter way round;
 - of a delta or velocity dimension the number itself is the change: a stated `max_step` bounds its size;
@@ -22,25 +23,27 @@ import numpy as np
 
 from vla_jax.types import Dim, Stats, UserError
 
-RANGES = ("quantile", "minmax", "off")
+RANGES, RATES = ("quantile", "minmax", "off"), ("seen", "cross", "off")
+_LEAST = 1e-3  # robot units a second
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """range: one of RANGES. margin: share of the width of q01..q99. cross_s: 0 leaves rates alone. max_step: robot units, by dimension."""
+    """range, rate: of RANGES and RATES. margin: share of the width of q01..q99. max_step: robot units, by dimension."""
 
     range: str = "quantile"
     margin: float = 0.05
+    rate: str = "seen"
     cross_s: float = 1.0
     max_step: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         """Raises: UserError."""
-        if self.range not in RANGES:
-            raise UserError(f"the range to clamp to is {self.range!r}; allowed: {', '.join(RANGES)}")
-        for name, value in (("margin", self.margin), ("cross_s", self.cross_s)):
-            if not 0 <= value < np.inf:
-                raise UserError(f"{name} of the limits is {value:g}; it must be a number from 0 on")
+        for name, value, allowed in (("range", self.range, RANGES), ("rate", self.rate, RATES)):
+            if value not in allowed:
+                raise UserError(f"the {name} of the limits is {value!r}; allowed: {', '.join(allowed)}")
+        if not 0 <= self.margin < np.inf or not 0 < self.cross_s < np.inf:
+            raise UserError(f"the limits' margin {self.margin:g} must be from 0 on, their cross_s {self.cross_s:g} above 0")
         if odd := {k: v for k, v in self.max_step.items() if not 0 < v < np.inf}:
             raise UserError(f"max_step of the limits is {odd}; a step is above 0")
 
@@ -81,10 +84,12 @@ class Limits:
         low, high = np.where(moving, np.minimum(low, 0), low), np.where(moving, np.maximum(high, 0), high)
         if s.range == "off":
             low, high = np.full(len(dims), -np.inf), np.full(len(dims), np.inf)
-        most = np.full(len(dims), np.inf)
-        if s.cross_s:
-            # a dimension that hardly moved in training still may be brought back to where it was
-            most = np.where(kinds == "absolute", np.maximum(width, 1e-3) / (s.cross_s * hz), np.inf)
+        # a dimension that hardly moved in training may still be brought back to where it was
+        most = np.maximum(width, _LEAST) / (s.cross_s * hz)
+        if s.rate == "seen" and stats.change is not None:
+            around = np.array([_turns(d) for d in dims]) & (stats.change > np.pi)
+            most = np.where(around, most, np.maximum(stats.change, _LEAST / hz))
+        most = np.where((kinds == "absolute") & (s.rate != "off"), most, np.inf)
         for name, value in s.max_step.items():
             most[[d.name for d in dims].index(name)] = value
         bounded = moving & np.isfinite(most)
@@ -111,7 +116,7 @@ class Limits:
             if at is None:
                 unanchored.append(dim.name)
                 at = float(inside[0, d])
-            turns = dim.unit == "rad" and dim.frame != "joint"
+            turns = _turns(dim)
             for k in range(len(chunk)):
                 change = float(inside[k, d]) - at
                 if turns:
@@ -137,3 +142,8 @@ class Limits:
 
 def _key(d: Dim) -> tuple[str, str, str, str]:
     return d.name, d.unit, d.frame, d.kind
+
+
+def _turns(d: Dim) -> bool:
+    """An Euler angle, which begins anew after half a turn."""
+    return d.unit == "rad" and d.frame != "joint" and d.kind == "absolute"

@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import jax.monitoring
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -75,7 +76,7 @@ class Server:
         self.robots, self.settings, self._token = robots, settings, token
         self.counters, self.stop, self.port = Counters(), asyncio.Event(), 0
         self._ready, self._open, self._in_hand = asyncio.Event(), 0, 0
-        self._batcher = Batcher(self._infer, most=settings.max_batch, depth=settings.queue)
+        self._batcher = Batcher(self._infer, most=settings.max_batch, depth=settings.queue, prepare=self._prepare)
         self._only = next(iter(robots)) if len(robots) == 1 else ""
 
     async def run(self, *, listening=lambda port: None) -> bool:
@@ -96,16 +97,22 @@ class Server:
                 warming.cancel()
             return await self._drain()
 
-    async def _warm(self) -> None:
+    def _prepare(self) -> float:
+        """-> seconds."""
         started = time.monotonic()
         for robot in self.robots.values():
-            await asyncio.to_thread(served.warm, robot, most=self.settings.max_batch, say=say)
-        count = lambda name, seconds, **_: self.counters.add("vla_compiled_while_serving") if name == _COMPILED else None
-        import jax.monitoring
+            served.warm(robot, most=self.settings.max_batch, say=say, go_on=lambda: not self._batcher.ending)
+        return time.monotonic() - started
 
-        jax.monitoring.register_event_duration_secs_listener(count)
+    async def _warm(self) -> None:
+        took = await asyncio.wrap_future(self._batcher.prepared)
+        jax.monitoring.register_event_duration_secs_listener(self._compiled)
         self._ready.set()
-        say(f"ready after {time.monotonic() - started:.1f} s: {', '.join(self.robots)}")
+        say(f"ready after {took:.1f} s: {', '.join(self.robots)}")
+
+    def _compiled(self, name: str, seconds: float, **_) -> None:
+        if name == _COMPILED:
+            self.counters.add("vla_compiled_while_serving")
 
     async def _drain(self) -> bool:
         """What is in hand is answered, what comes now is told to come again."""

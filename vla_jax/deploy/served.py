@@ -89,9 +89,9 @@ def limits_of(policy: Policy, settings: limits.Settings) -> Limits:
     return Limits.make(card.action.dims, card.state.dims, policy.stats["action"], hz=card.control_hz, settings=settings)
 
 
-def warm(served: Served, *, most: int, say: Callable[[str], None]) -> int:
+def warm(served: Served, *, most: int, say: Callable[[str], None], go_on: Callable[[], bool] = lambda: True) -> int:
     """Compiles for what is to come: batches of 1, 2, 4 .. up to `most`, each with instructions of up to 24 words; -> how many calls that took.
-    An instruction that is longer is compiled for when it comes."""
+    An instruction that is longer is compiled for when it comes. go_on() is asked before each call."""
     calls = 0
     for lag in range(served.policy.history):
         by_length = {}
@@ -102,6 +102,8 @@ def warm(served: Served, *, most: int, say: Callable[[str], None]) -> int:
         while True:
             rows = min(rows, most)
             for seen in by_length.values():
+                if not go_on():
+                    return calls
                 served.policy.act([seen] * rows, malformed="repair")
                 calls += 1
             say(f"{served.policy.card.name}: ready for {rows} at once, prefixes of {', '.join(map(str, by_length))} tokens")
