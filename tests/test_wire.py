@@ -1,14 +1,12 @@
 """The codec: openpi's bytes, and nothing that can be sent does harm."""
 
-import msgpack
 import numpy as np
 import pytest
-
-pytest.importorskip("msgpack")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_jax.deploy import wire
+msgpack = pytest.importorskip("msgpack")
+from vla_jax.deploy import wire  # noqa: E402
 
 ARRAYS = [
     np.arange(6, dtype=np.float32).reshape(2, 3),

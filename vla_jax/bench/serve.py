@@ -42,7 +42,11 @@ def run(export: str, *, robot: str = "", requests: int = 4000, clients: int = 8,
     expected = [policy.act([o])[0][0] for o in seen]
     yield {"what": "bare", "robot": policy.card.name, "calls": len(bare), **_percentiles(bare)}
     with server(export, robots=policy.card.name, max_batch=max_batch, more=("--no-limits",)) as (url, pid):
-        yield _load(policy, url, pid, seen, expected, requests, clients, wrong, float(np.median(bare)))
+        for at_once, asked, share in (
+            (1, max(requests // 10, 20), 0.0),
+            (clients, requests, wrong),
+        ):  # one alone: what serving itself costs
+            yield _load(policy, url, pid, seen, expected, asked, at_once, share, float(np.median(bare)))
 
 
 def observations(policy: Policy) -> list[dict]:
