@@ -54,6 +54,8 @@ class Batcher:
         self._prepare, self.prepared = prepare, concurrent.futures.Future()
         self.calls: collections.Counter[int] = collections.Counter()  # how many calls answered n requests
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     async def ask(self, robot: str, observation: dict, *, timeout_s: float) -> Answer:

@@ -88,6 +88,7 @@ class Server:
         async with serve(self._talk, s.host, s.port, process_request=self._http, origins=[None], server_header=None, **how) as server:
             self.port = server.sockets[0].getsockname()[1]
             listening(self.port)
+            self._batcher.start()
             warming, stopping = asyncio.create_task(self._warm()), asyncio.create_task(self.stop.wait())
             await asyncio.wait([warming, stopping], return_when=asyncio.FIRST_COMPLETED)
             if warming.done():
