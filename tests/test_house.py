@@ -38,6 +38,8 @@ ONLY = {
     "tensorflow_datasets": {"tabletop/record.py", "data/write.py", "bench/data_peers.py", "bench/data_sets.py"},
     "rlds": {"tabletop/record.py"},
     "matplotlib": {"report.py"},
+    "websockets": {"deploy/serve.py", "deploy/client.py"},
+    "msgpack": {"deploy/wire.py"},
 }
 
 
