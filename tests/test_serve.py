@@ -27,6 +27,7 @@ from vla_jax.deploy import limits, serve, wire  # noqa: E402
 from vla_jax.deploy.client import Client, ServerError  # noqa: E402
 from vla_jax.types import UserError  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 TOKEN = "a-token-that-is-long-enough"
 
 
@@ -317,6 +318,17 @@ def test_ready_only_when_warm():
         assert here.get("/healthz")[:2] == (200, "ok\n")
 
 
+def test_it_ends_while_warming_up():
+    """And no thread of it goes on compiling."""
+    policy = FakePolicy()
+    policy.act = lambda observations, malformed: time.sleep(0.3) or [None] * len(observations)
+    with running({"tabletop_arm": served(policy)}, max_batch=1024) as here:
+        assert here.get("/healthz")[0] == 503
+        started = time.monotonic()
+        assert here.ends() and time.monotonic() - started < 2
+        assert not here.server._batcher._thread.is_alive()
+
+
 def test_a_warm_up_that_fails_ends_the_server():
     policy = FakePolicy()
     policy.prefix = lambda o: 1 / 0
@@ -406,9 +418,17 @@ def test_a_late_answer_never_comes_for_another_request():
         with Client(here.url, timeout_s=0.3) as client:
             with pytest.raises(TimeoutError, match="no answer from ws://.* within 0"):
                 client.act(observation(1))
+            with pytest.raises(TimeoutError):
+                client._until_connected(time.monotonic() + 20)
+                client.exchange(wire.pack(observation(1)), timeout_s=0.1)
+            assert client._socket is None  # what still comes, comes to nobody
             hold.set()
             client.timeout_s = 20
             assert client.act(observation(2))["actions"][0, 0] == 2
+            client._socket.send(wire.pack(observation(3, request_id=77)))  # and one that comes all the same is refused
+            with pytest.raises(ServerError, match="an answer to another request came"):
+                client.act(observation(4))
+            assert client.act(observation(5))["actions"][0, 0] == 5
 
 
 def test_one_request_spoils_no_other():

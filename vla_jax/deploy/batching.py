@@ -98,6 +98,8 @@ class Batcher:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
+        if not self.prepared.set_running_or_notify_cancel():  # from here on it cannot be cancelled
+            return
         try:
             self.prepared.set_result(self._prepare())
         except Exception as e:
