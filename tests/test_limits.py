@@ -136,6 +136,8 @@ def test_stated_steps_and_other_settings():
         (lambda: Settings(max_step={"x": 0.0}), "above 0"),
         (lambda: make(Settings(max_step={"gripper": 1})), "the dimensions that have one are: x, yaw, q, dz, v"),
         (lambda: make(Settings(max_step={"y": 1})), "max_step names y"),
+        (lambda: make(seen=dataclasses.replace(SEEN, change=f32(1, 2))), "no 6 finite numbers as change"),
+        (lambda: make(seen=dataclasses.replace(SEEN, q99=f32(0, 0, np.nan, 0, 0, 0))), "no 6 finite numbers as q99"),
     ],
 )
 def test_odd_settings_are_refused(settings, said):

@@ -149,7 +149,7 @@ def to_json(stats: dict[str, Stats]) -> dict:
 
 
 def from_json(values: dict) -> dict[str, Stats]:
-    number = lambda k, v: v if k == "count" or v is None else np.array(v, np.float32)
+    number = lambda k, v: v if k == "count" or k == "change" and v is None else np.array(v, np.float32)
     return {group: Stats(**{k: number(k, v) for k, v in s.items()}) for group, s in values.items()}
 
 

@@ -70,7 +70,13 @@ class Limits:
 
     @classmethod
     def make(cls, dims: tuple[Dim, ...], state_dims: tuple[Dim, ...], stats: Stats, *, hz: float, settings: Settings) -> Limits:
-        """stats: of the actions. Raises: UserError for a max_step of a dimension that is not there or is binary."""
+        """stats: of the actions. Raises: UserError for a max_step of a dimension that is not there or is binary, and for odd statistics."""
+        for name in ("mean", "q01", "q99", "min", "max", "change"):
+            values = getattr(stats, name)
+            if values is not None and (values.shape != (len(dims),) or not np.isfinite(values).all()):
+                raise UserError(
+                    f"the statistics hold no {len(dims)} finite numbers as {name} of the actions: there is nothing to limit them to"
+                )
         s, kinds = settings, np.array([d.kind for d in dims])
         known = [d.name for d in dims if d.kind != "binary"]
         if odd := sorted(set(s.max_step) - set(known)):
