@@ -82,7 +82,7 @@ class Server:
     async def run(self, *, listening=lambda port: None) -> bool:
         """listening(port) is called once connections are taken. -> whether all that was taken in was answered."""
         s, quiet = self.settings, logging.getLogger("vla_jax.serve.websockets")
-        quiet.setLevel(logging.CRITICAL)  # whoever sends garbage shall not fill the log; it is counted
+        quiet.setLevel(logging.CRITICAL)  # whoever sends garbage shall not fill the log
         how = {"max_size": int(s.max_mb * 1e6), "max_queue": 2, "compression": None, "logger": quiet, "close_timeout": 2}
         # no Origin: a web page that somebody on this machine has open shall not drive the robot
         async with serve(self._talk, s.host, s.port, process_request=self._http, origins=[None], server_header=None, **how) as server:
