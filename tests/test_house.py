@@ -51,6 +51,8 @@ ONLY = {
     "h5py": {"data/hdf5.py"},
     "matplotlib": {"report.py"},
     **{simulator: {"sims/environments.py"} for simulator in ("gymnasium", "metaworld", "mujoco", "gym_pusht", "robosuite")},
+    "websockets": {"deploy/serve.py", "deploy/client.py"},
+    "msgpack": {"deploy/wire.py"},
 }
 
 

@@ -45,7 +45,8 @@ class Dim:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Per-dimension statistics over the training episodes of one dataset, in robot units; f32[dims] each."""
+    """Per-dimension statistics over the training episodes of one dataset, in robot units; f32[dims] each. change: the largest from one step
+    of an episode to the next; None where nobody looked."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -54,6 +55,7 @@ class Stats:
     min: np.ndarray
     max: np.ndarray
     count: int
+    change: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

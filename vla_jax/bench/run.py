@@ -58,6 +58,14 @@ def decode(*, repeats: int, **options) -> Iterator[dict]:
         yield {"bench": "decode", **line, "repeats": repeats, **stamp()}
 
 
+def serve(export: str, **options) -> Iterator[dict]:
+    """The server beside the bare model; options as `bench.serve.run` takes them. Yields results as they come. Raises: UserError."""
+    from vla_jax.bench import serve as measured
+
+    for line in measured.run(export, **options):
+        yield {"bench": "serve", **line, **stamp()}
+
+
 def attention(*, repeats: int) -> Iterator[dict]:
     """Attention's kernels beside plain XLA. Yields results as they come."""
     from vla_jax.bench import attention as measured

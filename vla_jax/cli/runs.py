@@ -98,6 +98,14 @@ def add(commands) -> None:
     decode.add_argument("--rows", type=counts, default=(1, 8), metavar="N,M", help="robots asked for at once (default: 1,8)")
     decode.add_argument("--prompt", type=positive, default=640, help="tokens of the prompt, 256 of them an image (default: 640)")
     decode.add_argument("--tokens", type=positive, default=72, help="decoded tokens (default: 72)")
+    serve = command(bench, "serve", _bench_serve, "an exported policy served under load, beside the bare model")
+    serve.add_argument("export", metavar="EXPORT")
+    serve.add_argument("--robot", default="", help="of several in the export")
+    serve.add_argument("--requests", type=positive, default=4000, help="of all clients together (default: 4000)")
+    serve.add_argument("--clients", type=positive, default=8, help="at once (default: 8)")
+    serve.add_argument("--wrong", type=float, default=0.1, help="share of requests that are no observation (default: 0.1)")
+    serve.add_argument("--max-batch", type=positive, default=8, help="of the server (default: 8)")
+    serve.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
     attention = command(bench, "attention", _bench_attention, "this device's attention kernels, beside plain XLA")
     attacked = command(
         bench, "faults", _bench_faults, "a small run of real processes, killed, stopped and damaged, against an undisturbed one"
@@ -310,6 +318,16 @@ def _bench_goodput(args) -> int:
     assumed = dataclasses.asdict(fleet) | {"days": args.days, "seed": args.seed}
     print(json.dumps({"bench": "goodput", "simulated": True, **found, "assumed": assumed}))
     return 0
+
+
+def _bench_serve(args) -> int:
+    from vla_jax.bench import run
+
+    load = {"requests": args.requests, "clients": args.clients, "wrong": args.wrong, "max_batch": args.max_batch}
+    line = {}
+    for line in run.serve(args.export, robot=args.robot, **load):
+        _show(line, args.out)
+    return 1 if line["lost"] or line["different"] else 0
 
 
 def _bench_attention(args) -> int:

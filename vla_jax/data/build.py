@@ -171,9 +171,11 @@ def _merge(card: DatasetCard, place: Store, path: Path, partial: Path, holdout: 
         for key in index.FRAME:
             maps[key][at:end] = part[key]
             digest.update(np.ascontiguousarray(part[key]).tobytes())
-        keep = np.repeat(~held[episode : episode + count], small[n]["episode_steps"])
+        long = small[n]["episode_steps"]
+        keep, begins = np.repeat(~held[episode : episode + count], long), np.zeros(end - at, bool)
+        begins[(np.cumsum(long) - long)[long > 0]] = True
         for key in running:
-            running[key].update(part[key][keep])
+            running[key].update(part[key][keep], first=begins[keep])
         at, episode = end, episode + count
     for value in maps.values():
         if isinstance(value, np.memmap):

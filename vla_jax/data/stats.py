@@ -23,14 +23,14 @@ class Running:
 
     def __init__(self):
         self.count, self.mean, self.m2 = 0, None, None
-        self.low = self.high = None
+        self.low = self.high = self.change = None
         self.buckets: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # per dimension: key u32, count i64, sum f64
 
-    def update(self, rows: np.ndarray) -> None:
-        """rows: finite f32[n dims]."""
+    def update(self, rows: np.ndarray, *, first: np.ndarray | None = None) -> None:
+        """rows: finite f32[n dims]. first: bool[n], where an episode begins; without it changes from row to row are not looked at."""
         rows = np.asarray(rows, np.float32)
         if len(rows):
-            self._add(_of(rows))
+            self._add(_of(rows, first))
 
     def merge(self, other: Running) -> None:
         if other.count:
@@ -45,6 +45,8 @@ class Running:
         self.mean = self.mean + delta * (other.count / total)
         self.count = total
         self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        known = self.change is not None and other.change is not None
+        self.change = np.maximum(self.change, other.change) if known else None
         self.buckets = [_joined(a, b) for a, b in zip(self.buckets, other.buckets)]
 
     def stats(self) -> Stats:
@@ -54,9 +56,8 @@ class Running:
         q01, q99 = ([self._quantile(d, q) for d in range(len(self.mean))] for q in (0.01, 0.99))
         f32 = lambda x: np.asarray(x, np.float32)
         inside = lambda q: np.clip(f32(q), f32(self.low), f32(self.high))  # a bucket's mean may round beyond the largest value
-        return Stats(
-            f32(self.mean), f32(np.sqrt(self.m2 / self.count)), inside(q01), inside(q99), f32(self.low), f32(self.high), self.count
-        )
+        spread, change = f32(np.sqrt(self.m2 / self.count)), None if self.change is None else f32(self.change)
+        return Stats(f32(self.mean), spread, inside(q01), inside(q99), f32(self.low), f32(self.high), self.count, change)
 
     def _quantile(self, dim: int, q: float) -> float:
         """Linear between the two values around the rank, as numpy.quantile."""
@@ -67,11 +68,13 @@ class Running:
         return value(below) + (value(min(below + 1, self.count - 1)) - value(below)) * (rank - below)
 
 
-def _of(rows: np.ndarray) -> Running:
+def _of(rows: np.ndarray, first: np.ndarray | None = None) -> Running:
     out, x = Running(), rows.astype(np.float64)
     out.count, out.mean = len(x), x.mean(axis=0)
     out.m2 = ((x - out.mean) ** 2).sum(axis=0)
     out.low, out.high = x.min(axis=0), x.max(axis=0)
+    if first is not None:
+        out.change = np.abs(np.diff(x, axis=0))[~np.asarray(first)[1:]].max(axis=0, initial=0)
     for column in rows.T:
         raw = np.ascontiguousarray(column + np.float32(0)).view(np.uint32)  # + 0: minus zero is zero
         ordered = np.where(raw >> 31, ~raw, raw | np.uint32(1 << 31))  # as unsigned numbers they sort as the floats do
@@ -106,9 +109,10 @@ def compute(index, holdout: float) -> dict[str, Stats]:
     for first in range(0, index.episodes, 4096):
         last = min(first + 4096, index.episodes)
         at = index.episode_start[first : last + 1]
-        rows = np.repeat(keep[first:last], np.diff(at))
+        rows, begins = np.repeat(keep[first:last], np.diff(at)), np.zeros(at[-1] - at[0], bool)
+        begins[at[:-1][np.diff(at) > 0] - at[0]] = True
         for key, running in made.items():
-            running.update(getattr(index, key)[at[0] : at[-1]][rows])
+            running.update(getattr(index, key)[at[0] : at[-1]][rows], first=begins[rows])
     return {key: running.stats() for key, running in made.items()}
 
 
@@ -145,7 +149,8 @@ def to_json(stats: dict[str, Stats]) -> dict:
 
 
 def from_json(values: dict) -> dict[str, Stats]:
-    return {group: Stats(**{k: v if k == "count" else np.array(v, np.float32) for k, v in s.items()}) for group, s in values.items()}
+    number = lambda k, v: v if k == "count" or k == "change" and v is None else np.array(v, np.float32)
+    return {group: Stats(**{k: number(k, v) for k, v in s.items()}) for group, s in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)

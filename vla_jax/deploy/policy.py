@@ -17,12 +17,12 @@ from vla_jax.data.stats import Normalizer
 from vla_jax.deploy import export
 from vla_jax.deploy.trained import Robot, model_config
 from vla_jax.models import presets, vla
-from vla_jax.models.act import Actor, Request
+from vla_jax.models.act import Actor, Request, padded
 from vla_jax.models.decode import GREEDY, Sampling
 from vla_jax.tokens import files, text
 from vla_jax.tokens.actions import MALFORMED
 from vla_jax.tokens.sequence import Embodiment, Layout
-from vla_jax.types import UserError
+from vla_jax.types import Stats, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Policy:
     action: Normalizer
     layout: Layout
     actor: Actor
+    stats: dict[str, Stats] | None = None  # of state and action in training, where what acts is to be limited to it
 
     @classmethod
     def load(cls, folder: str | Path, *, robot: str = "", head: str = "", mesh=None, sampling: Sampling = GREEDY) -> Policy:
@@ -56,6 +57,11 @@ class Policy:
     def spec(self) -> dict:
         """What to send and what comes back, for people and for checks."""
         return Robot(self.card, {}, self.views, self.steps, self.image_size, self.history).spec()
+
+    def prefix(self, observation: dict) -> int:
+        """How many tokens precede the actions, padded: a model is compiled once per such length and batch size."""
+        r = self._request(observation)
+        return padded(len(self.layout.prefix(images=len(r.images), prompt=r.prompt)))
 
     def act(self, observations: list[dict], *, malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
         """Each {"images": {view: u8[h w 3]}, "state": f32[s] (with a history of t steps f32[t s]), "prompt": str} -> (actions f32[steps a], well formed).
@@ -156,5 +162,6 @@ def _made(body: dict, params: dict, folder: Path, head: str, mesh, sampling: Sam
             action=Normalizer.make(r.stats["action"], r.card.action.dims),
             layout=layout,
             actor=actor,
+            stats=s,
         )
     return out

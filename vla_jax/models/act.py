@@ -19,6 +19,11 @@ from vla_jax.types import PAD, Batch, UserError
 _MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are compiled
 
 
+def padded(tokens: int) -> int:
+    """The length that so many tokens of a prefix are padded to."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One observation: images u8[h w 3] in the order of the card's views, state f32[s] normalised, the full prompt,
@@ -93,7 +98,7 @@ class Actor:
 
     def _batch(self, requests: list[Request], rows: int) -> Batch:
         prefixes = [self.layout.prefix(images=len(r.images), prompt=r.prompt) for r in requests]
-        n = -(-max(map(len, prefixes)) // _MULTIPLE) * _MULTIPLE
+        n = padded(max(map(len, prefixes)))
         m, size = max(len(r.images) for r in requests), self.cfg.image_size
         images = np.zeros((rows, m, size, size, 3), np.uint8)
         tokens, segment = np.full((rows, n), PAD, np.int32), np.zeros((rows, n), np.int32)
