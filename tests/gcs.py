@@ -1,6 +1,6 @@
 """A local stand-in for Google Cloud Storage: its JSON interface as far as TensorStore and gcsfs use it, with generations and their conditions.
 
-Objects live in memory. `requests` counts what was asked; `fail` says which requests are answered with 503.
+Objects live in memory. `requests` counts what was asked; `fail` says which requests are answered with 403: no right, which is not tried again.
 """
 
 import collections
@@ -79,7 +79,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with self.store.lock:
             self.store.requests[verb] += 1
             if self.store.fail(f"{verb} {self.path}"):
-                return self._answer(503, b"")
+                return self._answer(403, b"")
             if url.path.startswith("/upload/") or url.path.startswith("/resumable/"):
                 return self._upload(asked, body)
             bucket, found, key = url.path.partition("/o/")

@@ -162,6 +162,6 @@ def _made(body: dict, params: dict, folder: Path, head: str, mesh, sampling: Sam
             action=Normalizer.make(r.stats["action"], r.card.action.dims),
             layout=layout,
             actor=actor,
-            stats=s,
+            stats=r.stats,
         )
     return out
