@@ -59,13 +59,16 @@ class Checkpointer:
         self.path = workdirs.place(workdir) / "checkpoints"
         self.failed, self._writing = 0, None
         logging.getLogger("absl").addFilter(_not_orbax)
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             preservation_policy=_kept(train) if train else None,
             read_only=train is None,
             create=train is not None,
             cleanup_tmp_directories=train is not None,  # of a process that was killed while it saved
         )
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "meta"))
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.path, options=self._options, item_names=("state", "meta"))
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -119,7 +122,11 @@ class Checkpointer:
                 if left.exists():
                     left.rmtree(missing_ok=True)
         distributed.barrier(f"gave up step {step}")
-        self._manager.reload()
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = (
+            self._open()
+        )  # a new one: of a step whose parts failed each, the old one would raise the second part's error for the next step
         first = next(iter(str(problem).splitlines()), "")
         say(
             f"checkpoint {self.path}/{step} could not be written ({type(problem).__name__}: {first[-300:]}). The run goes on; "

@@ -38,14 +38,16 @@ def open_(name: str | os.PathLike) -> epath.Path:
     """`place`, for a run that is to be written: its folder is made, or its store asked. Raises: UserError when that fails."""
     found = place(name)
     try:
-        if is_remote(found):
-            (found / "config.json").exists()  # no mkdir, which would make a misspelt bucket
-        else:
+        if not is_remote(found):
             found.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"workdir {found} cannot be made: {e.strerror or e}. Name a folder that may be written.") from e
+        else:
+            (found / "config.json").exists()  # no mkdir, which would make a misspelt bucket
     except Exception as e:  # of credentials and connections, many kinds
-        raise UserError(f"workdir {found} cannot be reached: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+        if is_remote(found):
+            raise UserError(f"workdir {found} cannot be reached: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+        if not isinstance(e, OSError):
+            raise
+        raise UserError(f"workdir {found} cannot be made: {e.strerror}. Name a folder that may be written.") from e
     return found
 
 
