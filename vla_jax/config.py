@@ -64,7 +64,9 @@ class Tokens:
     action: str = "fast"  # fast | bins (of one width) | quantile (bins that hold equally many numbers)
     action_vocab: int = 512  # of what is fitted on the training episodes of the mixture: FAST's vocabulary, or the number of bins
     action_scale: float = 10.0  # DCT coefficients are rounded after multiplying by this
-    action_path: str = ""  # a fitted tokenizer (JSON), or the folder of a published FAST one; empty: that of model.init, else fit one; kept in the workdir
+    action_path: str = (
+        ""  # a fitted tokenizer (JSON), or the folder of a published FAST one; empty: that of model.init, else fit one; kept in the workdir
+    )
     refit: bool = False  # fit one also where model.init brings one; robots outside the mixture are then not carried along
     state: str = "continuous"  # continuous (one projected token) | text (bins in the prompt) | none
     describe: bool = True  # layout native: say control rate and action space in the prompt, not the robot's name alone

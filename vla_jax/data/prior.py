@@ -54,7 +54,9 @@ class Prior:
                 )
         return stats.from_json(numbers)
 
-    def carried(self, config: configs.Config, mixture: tuple[str, ...], action: ActionTokenizer) -> tuple[list[tuple[dict, dict]], dict[str, str]]:
+    def carried(
+        self, config: configs.Config, mixture: tuple[str, ...], action: ActionTokenizer
+    ) -> tuple[list[tuple[dict, dict]], dict[str, str]]:
         """Robots that the mixture does not have -> ([(card, statistics)] of those that act as before, weights aside, {name: why not}).
         What they would be asked with must be what they were trained with."""
         keep, lost, old = [], {}, self.config

@@ -31,7 +31,9 @@ class TabletopEnv:
     drawn: which instructions are given. camera: where the fixed cameras look, x and y, and how wide, in metres.
     """
 
-    def __init__(self, robot: str, *, blocks: int = 1, drawn: Drawn = ANY, camera: tuple[float, float, float] = (0.0, 0.0, render.BASE_WIDTH)):
+    def __init__(
+        self, robot: str, *, blocks: int = 1, drawn: Drawn = ANY, camera: tuple[float, float, float] = (0.0, 0.0, render.BASE_WIDTH)
+    ):
         if robot not in ROBOTS:
             raise ValueError(f"no robot called {robot!r}; there are {', '.join(ROBOTS)}")
         self.name, self.robot, self.steps, self._blocks = robot, ROBOTS[robot], 0, blocks
