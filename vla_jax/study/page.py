@@ -65,8 +65,14 @@ def picture(lines: Iterable[dict], out: Path) -> Path:
         for row, (measure, called) in zip(axes, ((rate, "success"), (share, "progress"))):
             for axis, target in zip(row, ("task", "robot")):
                 for i, (label, begins) in enumerate((("pretrained", "pretrain-fast"), ("from scratch", ""))):
-                    mine = [x for x in every if x["condition"] == target and x["begins"] == begins and not x["arm"].endswith("mixed")]
+                    mine = [
+                        x
+                        for x in every
+                        if x["condition"] == target and x["begins"] == begins and x["arm"].endswith(("-pretrained", "-scratch"))
+                    ]
                     _bars(axis, [x["demonstrations"] * (1 + 0.05 * i) for x in mine], [measure(x) for x in mine], f"C{i}", label, "o-")
+                for x in (x for x in every if x["arm"].startswith(f"{target}-") and x["arm"].endswith("-long")):
+                    _bars(axis, [x["demonstrations"] * 1.12], [measure(x)], "C3", "from scratch, as many steps as both", "s")
                 for x in (x for x in every if x["condition"] == "task, no demonstration" and target == "task"):
                     axis.axhline(measure(x)[0], color="0.6", linestyle=":", label="pretrained, no demonstration")
                 axis.set(title=f"new {target}: {called}", xlabel="demonstrations", xscale="log")

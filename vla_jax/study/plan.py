@@ -90,6 +90,9 @@ def arms(scale: Scale) -> list[Arm]:
             mine = (*short, f"data.mixture={robot}")
             out.append(Arm(f"{target}-{n}-pretrained", overrides=mine, conditions=(*here, *before), begins="pretrain-fast", **what))
             out.append(Arm(f"{target}-{n}-scratch", overrides=(*mine, *scratch), conditions=here, **what))
+            if most:  # as many steps as pretraining and fine-tuning have together: what is not learned then is not for want of steps
+                longer = (f"train.steps={scale.steps + scale.finetune_steps}", *mine[1:], *scratch)
+                out.append(Arm(f"{target}-{n}-scratch-long", overrides=longer, conditions=here, **what))
     n, mixed = scale.sizes[-1], "configs/finetune.py:how=full,mix=true"
     what = dict(data="pretrain", target="robot", demonstrations=n, begins="pretrain-fast")
     out.append(Arm(f"robot-{n}-mixed", mixed, short, conditions=(GOALS["robot"], SEEN["tabletop_slider"]), **what))
