@@ -95,17 +95,18 @@ class Prior:
         if wrong:
             raise UserError(f"model.init {config.model.init} is a policy of another kind: {'; '.join(wrong)}. Set them as they are there.")
 
-    def keep(self, folder: Path) -> None:
-        """The small files, so that the run goes on without the policy. `load` reads them."""
+    def keep(self, folder) -> None:
+        """The small files, likewise, so that the run goes on without the policy. `load` reads them."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.raw.items():
             (folder / name).write_bytes(content)
         (folder / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in self.raw.items()))
 
 
-def load(folder: str | Path) -> Prior | None:
-    """None where the folder is no exported policy: weights of others bring no robots. Raises: UserError for a damaged one."""
-    folder = Path(folder).expanduser()
+def load(folder) -> Prior | None:
+    """folder: a name, or a path of any kind that reads as pathlib's do (a workdir may be in a bucket). None where it is no exported
+    policy: weights of others bring no robots. Raises: UserError for a damaged one."""
+    folder = Path(folder).expanduser() if isinstance(folder, str) else folder
     if not (folder / "policy.json").is_file():
         return None
     try:

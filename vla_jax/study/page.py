@@ -84,7 +84,7 @@ def picture(lines: Iterable[dict], out: Path) -> Path:
                 ("fast", "held-out instruction"),
                 ("fast", "held-out camera"),
             ]
-            labels = ["FAST", "bins", "flow", "FAST, other\ninstruction", "FAST, other\ncamera"]
+            labels = ["FAST", "bins", "flow", "FAST, other\nwords", "FAST, other\ncamera"]
             for at, (head, condition) in enumerate(groups):
                 mine = [x for x in every if (x["arm"], x["condition"]) == (f"pretrain-{head}", condition)]
                 _bars(row[2], [at], [measure(x) for x in pooled(mine)], f"C{2 + (at > 2)}", None, "o")
@@ -92,7 +92,7 @@ def picture(lines: Iterable[dict], out: Path) -> Path:
             row[2].set_xticks(range(len(groups)), labels)
             row[2].grid(alpha=0.3)
             row[0].set_ylim(0 if measure is rate else None, None)
-        axes[0, 0].legend()
+        axes[0, 1].legend(*axes[0, 0].get_legend_handles_labels(), loc="upper left")  # where there is room
         figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
         plt.close(figure)
     return out
