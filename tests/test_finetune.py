@@ -48,7 +48,8 @@ def body(folder):
 
 
 def robots(folder):
-    return {card["name"]: (card, numbers) for card, numbers in zip(body(folder)["cards"], body(folder)["stats"])}
+    told = {name: json.loads((folder / "robots" / f"{name}.json").read_text()) for name in body(folder)["robots"]}
+    return {name: (of["card"], of["stats"]) for name, of in told.items()}
 
 
 def test_robots_of_before_act_as_before_when_another_is_trained(before, tmp_path, capfd):

@@ -18,17 +18,19 @@ from vla_jax.tokens import files
 from vla_jax.tokens.text import TextTokenizer
 from vla_jax.types import ActionTokenizer, Stats, UserError
 
-FORMAT = "vla_jax.policy.1"  # as deploy/export.py writes it
+FORMAT = "vla_jax.policy.2"  # as deploy/export.py writes it
 NAMES = ("policy.json", "action_tokenizer.json", "text.model")
 _HEADS = {"tokens": {"tokens"}, "flow": {"flow"}, "both": {"tokens", "flow"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """robots: {name: (raw card, raw statistics)}; state_dim: width of the projected state, 0 without one; raw: the files, to be kept."""
+    """robots: {name: (raw card, raw statistics)}; vocab: rows of the embedding; state_dim: width of the projected
+    state, 0 without one; raw: the files, to be kept."""
 
     config: configs.Config
     step: int
+    vocab: int
     state_dim: int
     robots: dict[str, tuple[dict, dict]]
     text: TextTokenizer
@@ -97,7 +99,7 @@ class Prior:
 
     def keep(self, folder) -> None:
         """The small files, likewise, so that the run goes on without the policy. `load` reads them."""
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "robots").mkdir(parents=True, exist_ok=True)
         for name, content in self.raw.items():
             (folder / name).write_bytes(content)
         (folder / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in self.raw.items()))
@@ -110,8 +112,9 @@ def load(folder) -> Prior | None:
     if not (folder / "policy.json").is_file():
         return None
     try:
-        raw = {name: (folder / name).read_bytes() for name in NAMES}
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in (folder / "SHA256SUMS").read_text().splitlines())}
+        robots = [name for name in sums if name.startswith("robots/") and name.count("/") == 1 and name.endswith(".json")]
+        raw = {name: (folder / name).read_bytes() for name in (*NAMES, *robots)}
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"model.init {folder} is no whole exported policy: {e}") from e
     for name, content in raw.items():
@@ -122,8 +125,11 @@ def load(folder) -> Prior | None:
         if body["format"] != FORMAT:
             raise UserError(f"model.init {folder} has format {str(body['format'])[:80]!r}, this version reads {FORMAT!r}")
         tokenizer = files.from_json(json.loads(raw["action_tokenizer.json"]), where=str(folder / "action_tokenizer.json"))
-        robots = {card["name"]: (card, numbers) for card, numbers in zip(body["cards"], body["stats"], strict=True)}
+        told = {name: json.loads(raw[f"robots/{name}.json"]) for name in body["robots"]}
+        known = {name: (of["card"], of["stats"]) for name, of in told.items()}
         config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
-        return Prior(config, int(body["step"]), int(body["state_dim"]), robots, TextTokenizer(raw["text.model"]), tokenizer, raw)
+        return Prior(
+            config, int(body["step"]), int(body["vocab"]), int(body["state_dim"]), known, TextTokenizer(raw["text.model"]), tokenizer, raw
+        )
     except files.ODD as e:
         raise UserError(f"model.init {folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e

@@ -240,8 +240,8 @@ class Source:
 
     @property
     def known_rows(self) -> int:
-        """Ids whose rows of the embedding model.init has, if there is one: those of the text, and of actions where it is its tokenizer."""
-        return self.layout.vocab_size if self.prior and self.layout.action == self.prior.action else self.layout.text.vocab_size
+        """Rows of the embedding that model.init has, if there is one: those of the text, and all of a policy's where it is its tokenizer."""
+        return self.prior.vocab if self.prior and self.layout.action == self.prior.action else self.layout.text.vocab_size
 
     def steps(self, dataset: int) -> int:
         c = self.config.data

@@ -58,7 +58,7 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     source = open_source(config, tokens_per_image=patches, tokenizer_path=kept, refit=not started, prior=first)
     cfg = state.model_config(config, vocab=source.layout.vocab_size, state_dim=source.shape[2])
     trained = lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train)  # patterns are checked
-    drawn = source.layout.vocab_size - source.known_rows
+    drawn = max(0, source.layout.vocab_size - source.known_rows)
     if config.model.init and config.train.objective != "flow" and drawn and not vla.embedding(trained):
         raise UserError(
             f"the rows of the embedding for {drawn} action tokens are not in model.init, and would stay random: add 'llm/embedder/.*' to "
@@ -119,7 +119,13 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
         current = state.create(
-            run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema, init=config.model.init, known_rows=run.source.known_rows
+            run.cfg,
+            tx,
+            run.mesh,
+            seed=t.seed,
+            with_ema=with_ema,
+            init=config.model.init,
+            known_rows=min(run.source.known_rows, run.cfg.vocab),
         )
     if first >= t.steps:
         if main and not quiet:
