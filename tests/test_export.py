@@ -131,12 +131,12 @@ def test_an_export_of_other_tokens_as_a_beginning(tiny, tmp_path):
     loop.train(loop.prepare(tiny("train.steps=1", "tokens.action_vocab=100"), tmp_path / "run"), quiet=True)
     begun = export.export(tmp_path / "run", tmp_path / "out")
     still = ["train.steps=1", "train.warmup=0", "train.lr=0", f"model.init={begun}"]
-    run = loop.prepare(tiny(*still, "tokens.action_vocab=90"), tmp_path / "other")
+    run = loop.prepare(tiny(*still, "tokens.refit=true", "tokens.action_vocab=90"), tmp_path / "other")
     table = np.asarray(loop.train(run, quiet=True).params["llm"]["embedder"]["input_embedding"])
     known = load_file(begun / "params.safetensors")["llm/embedder/input_embedding"]
     rows = run.source.layout.text.vocab_size
     assert np.array_equal(table[:rows], known[:rows]) and not np.array_equal(table[rows:], known[rows : len(table)])
-    with pytest.raises(UserError, match="was trained with another text model"):
+    with pytest.raises(UserError, match="is not the text model of model.init"):
         loop.prepare(tiny(*still, "tokens.text_model=default", "tokens.action_vocab=100"), tmp_path / "text")
     raw = bytearray((begun / "params.safetensors").read_bytes())
     raw[-1] ^= 1

@@ -30,6 +30,7 @@ FLOORS = {
     "bench": 4,
     "report": 4,
     "demo": 5,
+    "study": 5,
     "cli": 5,
 }
 # package -> the only files that may import it
@@ -49,7 +50,7 @@ ONLY = {
     "pyarrow": {"data/lerobot.py"},
     "av": {"data/video.py", "deploy/film.py"},
     "h5py": {"data/hdf5.py"},
-    "matplotlib": {"report.py"},
+    "matplotlib": {"report.py", "study/page.py"},
     **{simulator: {"sims/environments.py"} for simulator in ("gymnasium", "metaworld", "mujoco", "gym_pusht", "robosuite")},
     "websockets": {"deploy/serve.py", "deploy/client.py"},
     "msgpack": {"deploy/wire.py"},

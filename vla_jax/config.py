@@ -29,6 +29,7 @@ class Data:
     views: tuple[str, ...] = ("base", "wrist", "wrist_right", "side")  # the order of cameras; those a card lacks are skipped
     history: int = 1  # steps that are seen: 2 adds the pictures and the state of the step before
     resize: str = "linear"  # linear | antialias (slower; for pictures that shrink much)
+    refit_stats: bool = False  # take statistics of the data also for robots whose ones model.init brings
     max_skipped: float = 0.1  # share of a dataset's episodes (when indexed) or samples (when drawn) that may be bad before it is refused
     threads: int = 0  # decoding threads per process; 0: one a core
     read_ahead: int = 512  # pictures asked for before they are needed, per process, where data.root is a URL
@@ -59,11 +60,14 @@ class Pack:
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     layout: str = "native"  # native | openpi (pi0-FAST's convention); see tokens/sequence.py
-    text_model: str = ""  # SentencePiece .model; empty: this project's default one; tiny: its small one
+    text_model: str = ""  # SentencePiece .model; empty: that of model.init, else this project's default one; tiny: its small one
     action: str = "fast"  # fast | bins (of one width) | quantile (bins that hold equally many numbers)
     action_vocab: int = 512  # of what is fitted on the training episodes of the mixture: FAST's vocabulary, or the number of bins
     action_scale: float = 10.0  # DCT coefficients are rounded after multiplying by this
-    action_path: str = ""  # a fitted tokenizer (JSON), or the folder of a published FAST one; empty: fit one, kept in the workdir
+    action_path: str = (
+        ""  # a fitted tokenizer (JSON), or the folder of a published FAST one; empty: that of model.init, else fit one; kept in the workdir
+    )
+    refit: bool = False  # fit one also where model.init brings one; robots outside the mixture are then not carried along
     state: str = "continuous"  # continuous (one projected token) | text (bins in the prompt) | none
     describe: bool = True  # layout native: say control rate and action space in the prompt, not the robot's name alone
     limit: int = 0  # most text tokens: of the prompt (native) or of prompt and actions (openpi; there 250); 0: as many as there are
@@ -72,7 +76,7 @@ class Tokens:
 @dataclasses.dataclass(frozen=True)
 class Model:
     preset: str = "debug"  # vla_jax/models/presets.py
-    init: str = ""  # a folder of `vla-jax import` to begin with; empty: random weights
+    init: str = ""  # a folder of `vla-jax export` or `vla-jax import` to begin with; empty: random weights
     expert: str = "none"  # action expert: none | a size of models/presets.py, with :ada behind it for pi0.5's norms
     expert_dims: int = 32  # numbers of its actions and states; robots with fewer are filled up
     dtype: str = "bfloat16"  # of activations; parameters, norms and softmax are float32
@@ -105,6 +109,7 @@ class Train:
     lr_vision: float = 1.0  # times lr, for the image encoder
     lr_language: float = 1.0  # times lr, for the decoder and the embedding
     lr_expert: float = 1.0  # times lr, for the action expert and the projection of the robot's state
+    lr_decay: float = 1.0  # from each layer of encoder and decoder to the one below it; what lies behind the last layer has 1
     lr_end: float = 0.1  # final learning rate as a fraction of lr (cosine)
     warmup: int = 100
     weight_decay: float = 1e-4
@@ -153,6 +158,7 @@ _RANGES = {
     "train.lora_alpha": (1e-9, math.inf),
     "train.flow_weight": (1e-9, math.inf),
     "train.seed": (0, 2**31 - 1),
+    "train.lr_decay": (1e-3, 1.0),
     "train.lr_end": (0.0, 1.0),
     "train.warmup": (0, math.inf),
     "train.b1": (0.0, 0.999999),

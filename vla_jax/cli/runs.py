@@ -72,6 +72,12 @@ def add(commands) -> None:
     p.add_argument("--steps", type=positive, help="training steps (default: as in configs/demo.py)")
     p.add_argument("--episodes", type=positive, default=400, help="recorded per robot")
     p.add_argument("--trials", type=positive, default=24, help="closed-loop episodes per robot")
+    p = command(commands, "study", _study, "what pretraining is worth on that world: fine-tuning against scratch, heads, zero-shot")
+    p.add_argument("--workdir", default="runs/study", type=folder, metavar="DIR")
+    p.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    p.add_argument("--only", type=words, default=(), metavar="A,B", help="of the arms")
+    p.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here, too")
+    p.add_argument("--plot", default="", metavar="FILE.svg", help="draw what was measured")
     bench = commands.add_parser("bench", help="measure, as ratios against a ceiling of the same run")
     bench = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     data = command(bench, "data", _bench_data, "pictures a second of the data path on generated RLDS sets, and what it costs besides")
@@ -259,6 +265,19 @@ def _demo(args) -> int:
     from vla_jax import demo
 
     return demo.main(Path(args.workdir), steps=args.steps, episodes=args.episodes, trials=args.trials)
+
+
+def _study(args) -> int:
+    from vla_jax import report
+    from vla_jax.study import page, run
+
+    if args.plot:
+        report.check_picture(args.plot)
+    lines = run.main(Path(args.workdir), quick=args.quick, out=Path(args.out) if args.out else None, only=args.only)
+    print(page.table(lines))
+    if args.plot:
+        page.picture(lines, Path(args.plot))
+    return 0
 
 
 def _bench_data(args) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def add(commands) -> None:
 
 def _open(args, path=None):
     """(training source, held-out one)."""
-    from vla_jax.data import source
+    from vla_jax.data import prior, source
     from vla_jax.models import presets
 
     if args.plot:  # what cannot be written is said before the work
@@ -39,9 +40,10 @@ def _open(args, path=None):
     for name in (args.json, args.plot):
         if name and not Path(name).absolute().parent.is_dir():
             raise UserError(f"the folder of {name} does not exist")
-    c = args.config
+    c = args.config if path is None else dataclasses.replace(args.config, tokens=dataclasses.replace(args.config.tokens, refit=True))
+    first = prior.load(c.model.init) if c.model.init else None
     patches = presets.tokens_per_image(c.model.preset, c.data.image_size)
-    opened = source.open_source(c, tokens_per_image=patches, tokenizer_path=path, rows=False)
+    opened = source.open_source(c, tokens_per_image=patches, tokenizer_path=path, rows=False, prior=first)
     if not c.data.holdout:
         print("data.holdout is 0: measured on the training episodes", file=sys.stderr)
     return opened, opened.held_out() if c.data.holdout else opened

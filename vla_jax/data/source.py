@@ -15,6 +15,7 @@ from vla_jax.data import build, mixture, pack, sample, stats
 from vla_jax.data.augment import Augmenter
 from vla_jax.data.index import StepIndex
 from vla_jax.data.mixture import Sampler
+from vla_jax.data.prior import Prior
 from vla_jax.tokens import actions, bins, files, text
 from vla_jax.tokens.sequence import Embodiment, Layout, Prompt
 from vla_jax.types import ActionTokenizer, Stats, UserError
@@ -37,24 +38,45 @@ def open_indexes(config: Config, *, progress=None) -> tuple[mixture.Mixture, tup
 
 
 def open_source(
-    config: Config, *, tokens_per_image: int, tokenizer_path: Path | None = None, refit: bool = False, rows: bool = True, progress=None
+    config: Config,
+    *,
+    tokens_per_image: int,
+    tokenizer_path: Path | None = None,
+    refit: bool = False,
+    rows: bool = True,
+    prior: Prior | None = None,
+    progress=None,
 ) -> Source:
     """Everything for training on `config.data.mixture`. The fitted action tokenizer is kept at `tokenizer_path`,
     and taken from there unless `refit`. rows: hold samples against the size of a row, which who only looks at tokens need not.
+    prior: the policy that the run begins with; its tokenizers, and its statistics of robots that it knows, are taken unless
+    tokens.action_path, tokens.refit or data.refit_stats say otherwise.
 
     Raises: UserError.
     """
     mix, indexes = open_indexes(config, progress=progress)
-    statistics = [stats.compute(ix, config.data.holdout) for ix in indexes]
-    words = text.load(config.tokens.text_model)
+    known = {ix.card.name: prior.statistics(ix.card) for ix in indexes} if prior and not config.data.refit_stats else {}
+    statistics = [known.get(ix.card.name) or stats.compute(ix, config.data.holdout) for ix in indexes]
+    words = prior.text if prior and not config.tokens.text_model else text.load(config.tokens.text_model)
+    if prior and words.model != prior.text.model:
+        raise UserError(
+            f"tokens.text_model {config.tokens.text_model} is not the text model of model.init ({prior.text.vocab_size} pieces, "
+            f"this one {words.vocab_size}). Leave tokens.text_model empty: it comes with the policy."
+        )
     path = Path(config.tokens.action_path) if config.tokens.action_path else tokenizer_path
     there = path is not None and path.exists()
     fitted = files.load(path) if there and (config.tokens.action_path or not refit) else None
     if fitted is None and config.tokens.action_path:
         raise UserError(f"tokens.action_path {path} does not exist. Fit one with `vla-jax tokens fit`, or leave it empty.")
+    whose = path
+    if fitted is None and prior and not config.tokens.refit:
+        whose, fitted = "model.init", prior.action
+        if path and distributed.is_main():
+            files.save(fitted, path)  # from which the run goes on
     if fitted is not None and (kind := files.kind(fitted)) != config.tokens.action:
         raise UserError(
-            f"{path} holds a tokenizer of kind {kind}, but tokens.action is {config.tokens.action}: set --config.tokens.action={kind}"
+            f"{whose} holds a tokenizer of kind {kind}, but tokens.action is {config.tokens.action}: set --config.tokens.action={kind}"
+            + (", or --config.tokens.refit=true to fit one" if whose == "model.init" else "")
         )
     build = lambda action: Source.make(
         config,
@@ -63,6 +85,7 @@ def open_source(
         Layout.of(config.tokens, words, action, tokens_per_image),
         weights=mix.weights,
         times_size=mix.weight == "times_size",
+        prior=prior,
     )
     if fitted is None:
         fitted = fit_tokenizer(build(None), config)
@@ -134,6 +157,7 @@ class Source:
     layout: Layout
     config: Config
     augmenter: Augmenter | None  # None: pictures as they are
+    prior: Prior | None = None  # what the run begins with, where that is a policy
 
     @classmethod
     def make(
@@ -147,6 +171,7 @@ class Source:
         times_size: bool = False,
         held_out: bool = False,
         seed: int | None = None,
+        prior: Prior | None = None,
     ) -> Source:
         """Raises: UserError when a dataset has no frames left."""
         frames = []
@@ -168,12 +193,19 @@ class Source:
         sampler = Sampler.make(seed, [len(f) for f in frames], weights, times_size=times_size)
         augmenter = Augmenter(config.augment, seed)
         augmenter = augmenter if augmenter.active and not held_out else None
-        return cls(tuple(indexes), tuple(frames), tuple(statistics), normalizers, sampler, layout, config, augmenter)
+        return cls(tuple(indexes), tuple(frames), tuple(statistics), normalizers, sampler, layout, config, augmenter, prior)
 
     def held_out(self, seed: int = 0) -> Source:
         """The same data, drawing evenly from the episodes kept for evaluation."""
         return Source.make(
-            self.config, self.indexes, list(self.statistics), self.layout, weights=[1.0] * len(self.indexes), held_out=True, seed=seed
+            self.config,
+            self.indexes,
+            list(self.statistics),
+            self.layout,
+            weights=[1.0] * len(self.indexes),
+            held_out=True,
+            seed=seed,
+            prior=self.prior,
         )
 
     def check_fit(self) -> None:
@@ -199,12 +231,17 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The mixture's largest (chunk steps, action dims, state dims)."""
+        """The mixture's largest (chunk steps, action dims, state dims); states are never narrower than those of the policy it begins with."""
         return (
             max(self.steps(d) for d in range(len(self.indexes))),
             max(ix.action.shape[1] for ix in self.indexes),
-            max(ix.state.shape[1] for ix in self.indexes) * self.config.data.history,
+            max(max(ix.state.shape[1] for ix in self.indexes) * self.config.data.history, self.prior.state_dim if self.prior else 0),
         )
+
+    @property
+    def known_rows(self) -> int:
+        """Rows of the embedding that model.init has, if there is one: those of the text, and all of a policy's where it is its tokenizer."""
+        return self.prior.vocab if self.prior and self.layout.action == self.prior.action else self.layout.text.vocab_size
 
     def steps(self, dataset: int) -> int:
         c = self.config.data

@@ -6,19 +6,16 @@ devices' share.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from vla_jax import folders, tree
+from vla_jax import tree
 from vla_jax.models import weight_files
 from vla_jax.models.presets import Expert, VLAConfig
 from vla_jax.models.weight_files import POSITION, TABLE, Leaf
-from vla_jax.tokens import files
-from vla_jax.tokens.sequence import Layout
 from vla_jax.types import UserError
 
 
@@ -37,7 +34,7 @@ def load(
 
     source: a file or folder of `kind` (weight_files.FORMATS); more: a second one, of more_kind or the same, so that SigLIP and Gemma may come from two.
     text_vocab: rows of the embedding that are the file's (0: all that it has); those behind them, of action tokens, are drawn with the
-    others' mean and spread. Positions of another resolution are resized. What the file cannot have is drawn, too: the projected state, adapters, an
+    others' mean and spread. A robot with more numbers than any before gets new rows of what projects them (_NUMBERS). Positions of another resolution are resized. What the file cannot have is drawn, too: the projected state, adapters, an
     expert that the file has nothing of and, with `more`, the projection of image tokens. A model without an expert leaves a file's aside.
 
     Raises: UserError listing every leaf that is missing, superfluous or of another shape, expected against found; for weights that are
@@ -56,7 +53,7 @@ def load(
     want = tree.flatten(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))
     expert = {p for p in want if p.startswith("expert/")}
     fresh = (
-        {p for p in want if p.startswith(("state/", "lora/"))}
+        {p for p in want if p.startswith(("state/", "lora/"))} - found.keys()
         | (set() if expert & found.keys() else expert)
         | ({p for p in want if p.startswith("img/head/")} - found.keys() if more else set())
     )
@@ -78,29 +75,21 @@ def load(
     return tree.unflatten({path: out[path] for path in want})
 
 
-def known_rows(init: str | Path, layout: Layout, rows: int) -> int:
-    """How many rows of the embedding in a folder for model.init mean what they mean in `layout`: those of the text, and of an export
-    whose action tokenizer is the same all that fit into `rows`. Raises: UserError for an export with another text model."""
-    folder = Path(init).expanduser()
-    if not (folder / weight_files.EXPORTED).is_file():
-        return layout.text.vocab_size
-    text = folders.inside(folder, "text.model").read_bytes()
-    if text != layout.text.model:
-        raise UserError(
-            f"model.init {folder} was trained with another text model (SHA-256 {hashlib.sha256(text).hexdigest()[:16]}, here "
-            f"{layout.text.digest}): its embedding would be of other words. Set tokens.text_model to {folder / 'text.model'}."
-        )
-    try:
-        told = json.loads((folder / weight_files.EXPORTED).read_text())
-        action = files.load(folders.inside(folder, "action_tokenizer.json"))
-        alike = action == layout.action and told["config"]["tokens"]["layout"] == layout.name
-        return min(rows, int(told["vocab"])) if alike else layout.text.vocab_size
-    except (OSError, *files.ODD) as e:
-        raise UserError(f"model.init {folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e
+# The axis of a leaf that counts the numbers of a robot's state or action.
+_NUMBERS = {
+    "state/kernel": 0,
+    "expert/state_proj/kernel": 0,
+    "expert/action_in_proj/kernel": 0,
+    "expert/action_out_proj/kernel": 1,
+    "expert/action_out_proj/bias": 0,
+}
 
 
 def _fit(path: str, leaf: Leaf, shape: tuple[int, ...], text_vocab: int, seed: int) -> Leaf:
-    """The leaf with more rows of the vocabulary, or positions of another grid, if that is all that differs."""
+    """The leaf with more rows of the vocabulary, more numbers of a robot, or positions of another grid, if that is all that differs."""
+    if (axis := _NUMBERS.get(path)) is not None and len(leaf.shape) == len(shape) and leaf.shape[axis] < shape[axis]:
+        if leaf.shape == (*shape[:axis], leaf.shape[axis], *shape[axis + 1 :]):
+            return Leaf(shape, False, lambda _: _widened(leaf.layer(0), shape, axis, seed))
     if path == TABLE and leaf.shape[1:] == shape[1:] and min(leaf.shape[0], shape[0]) >= text_vocab:
         return Leaf(shape, False, lambda _: _extended(leaf.layer(0), shape[0], text_vocab, seed))
     side = [round(s[1] ** 0.5) if len(s) == 3 else 0 for s in (leaf.shape, shape)]
@@ -115,6 +104,13 @@ def _extended(table: np.ndarray, rows: int, text_vocab: int, seed: int) -> np.nd
     mean, spread = known.mean(axis=0), known.std(axis=0)
     new = np.random.default_rng(seed).normal(size=(rows - text_vocab, known.shape[1])).astype(np.float32)
     return np.concatenate([known, mean + spread * new])
+
+
+def _widened(known: np.ndarray, shape: tuple[int, ...], axis: int, seed: int) -> np.ndarray:
+    """What is known, then new rows (or columns) as an initialiser draws them: variance 1 / fan-in, biases zero."""
+    more = (*shape[:axis], shape[axis] - known.shape[axis], *shape[axis + 1 :])
+    new = np.random.default_rng(seed).normal(size=more) * shape[0] ** -0.5 if len(shape) > 1 else np.zeros(more)
+    return np.concatenate([np.asarray(known, np.float32), new.astype(np.float32)], axis)
 
 
 def resized(position: np.ndarray, side: int) -> np.ndarray:

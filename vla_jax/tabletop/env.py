@@ -14,6 +14,7 @@ import numpy as np
 
 from vla_jax.tabletop import expert, render, world
 from vla_jax.tabletop.robots import ROBOTS, on_table
+from vla_jax.tabletop.world import ANY, Drawn
 
 __all__ = ["EVAL_SEED", "IMAGE_SIZE", "ROBOTS", "TabletopEnv"]
 
@@ -26,21 +27,25 @@ class TabletopEnv:
 
     An observation is {"images": {view: u8[48 48 3] RGB}, "state": f32[s], "prompt": str}; state and action are in
     robot units, in the order of `ROBOTS[robot].state_dims` and `.action_dims`.
+
+    drawn: which instructions are given. camera: where the fixed cameras look, x and y, and how wide, in metres.
     """
 
-    def __init__(self, robot: str, *, blocks: int = 1):
+    def __init__(
+        self, robot: str, *, blocks: int = 1, drawn: Drawn = ANY, camera: tuple[float, float, float] = (0.0, 0.0, render.BASE_WIDTH)
+    ):
         if robot not in ROBOTS:
             raise ValueError(f"no robot called {robot!r}; there are {', '.join(ROBOTS)}")
         self.name, self.robot, self.steps, self._blocks = robot, ROBOTS[robot], 0, blocks
-        self._scene = None
+        self._drawn, self._camera, self._scene = drawn, camera, None
 
     def reset(self, seed: int) -> dict[str, Any]:
         """A new scene, instruction and start pose. Robots given the same seed get the same scene and instruction."""
         home = np.array(self.robot.home)
-        self._scene, self._task = world.draw(np.random.default_rng([seed, 0]), len(home), blocks=self._blocks)
+        self._scene, self._task = world.draw(np.random.default_rng([seed, 0]), len(home), blocks=self._blocks, drawn=self._drawn)
         spread = np.random.default_rng([seed, 1]).uniform(-1.0, 1.0, home.shape) * self.robot.start_spread
         self._q = self.robot.inverse(on_table(home + spread))
-        self.steps = 0
+        self.steps, self._way = 0, self._left()
         return self.observe()
 
     def step(self, action: np.ndarray) -> dict[str, Any]:
@@ -55,11 +60,11 @@ class TabletopEnv:
             raise ValueError(f"{self.name}: expected an action of shape ({len(names)},) = {names}, got {action.shape}")
         if not np.isfinite(action).all():
             raise ValueError(f"{self.name}: expected finite numbers for {names}, got {action.tolist()}")
-        command = action.reshape(len(self._q), 3)
+        command = action.reshape(len(self._q), -1)
         before = self.robot.forward(self._q)
-        self._q = self.robot.move(self._q, command[:, :2])
+        self._q = self.robot.move(self._q, command[:, :-1])
         tools = self.robot.forward(self._q)
-        fingers = np.where(command[:, 2] > 0.5, 1.0, -1.0) * self.robot.gripper_rate / self.robot.control_hz
+        fingers = np.where(command[:, -1] > 0.5, 1.0, -1.0) * self.robot.gripper_rate / self.robot.control_hz
         opening = np.clip(self._scene.opening + fingers, 0.0, 1.0)
         self._scene = world.advance(self._scene, tools, tools - before, opening)
         self.steps += 1
@@ -70,6 +75,16 @@ class TabletopEnv:
         """Whether the named block lies at its goal, let go of, now."""
         self._started()
         return world.solved(self._scene, self._task)
+
+    @property
+    def progress(self) -> float:
+        """The share of its way to the goal that the named block has come, now: 0 untouched, 1 there, below 0 further off than at first."""
+        self._started()
+        return 1.0 - self._left() / self._way
+
+    def _left(self) -> float:
+        """Metres between the named block and its goal."""
+        return float(np.linalg.norm(self._scene.blocks[self._task.block] - world.goal_of(self._scene.bowl, self._task.side)))
 
     def expert_action(self) -> np.ndarray:
         """What the scripted expert would do now, f32[a]."""
@@ -95,7 +110,9 @@ class TabletopEnv:
 
     def _picture(self, view: str, size: int) -> np.ndarray:
         tools = self.robot.forward(self._q)
-        framing = {"centre": tools[0], "width": render.WRIST_WIDTH} if view == "wrist" else {}
+        framing = {"centre": self._camera[:2], "width": self._camera[2], "turned": view == "side"}
+        if view == "wrist":
+            framing = {"centre": tools[0], "width": render.WRIST_WIDTH}
         return render.picture(self._scene, robot=self.name, q=self._q, tools=tools, size=size, **framing)
 
     def _started(self) -> None:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from vla_jax.data import write
 from vla_jax.tabletop.env import EVAL_SEED, IMAGE_SIZE, ROBOTS, TabletopEnv
 from vla_jax.tabletop.robots import Robot
+from vla_jax.tabletop.world import ANY, COLOURS, GOALS, SIDES, Drawn
 
 VERSION = "1.0.0"
-IMAGE_KEYS = {"base": "image", "wrist": "wrist_image"}
+IMAGE_KEYS = {"base": "image", "wrist": "wrist_image", "side": "side_image"}
 EPISODES_MAX = 10_000  # a recording's robots and episodes get seeds of their own below EVAL_SEED
 SEEDS_MAX = EVAL_SEED // (EPISODES_MAX * len(ROBOTS))
 DISTURBED = 0.7  # share of the episodes in which something pushes the robot
@@ -37,20 +38,20 @@ def episode_seed(seed: int, robot: str, episode: int) -> int:
     return (seed * len(ROBOTS) + list(ROBOTS).index(robot)) * EPISODES_MAX + episode
 
 
-def rollout(robot: str, seed: int) -> tuple[list[dict[str, Any]], bool]:
+def rollout(robot: str, seed: int, drawn: Drawn = ANY) -> tuple[list[dict[str, Any]], bool]:
     """One expert episode: [{"observation", "action" f32[a], "executed" f32[a]}], and whether it succeeded.
 
     In some episodes what is executed differs from the recorded action for a while (as in DART, Laskey et al. 2017):
     the data then shows the expert getting back from where a policy's own errors would take it.
     """
-    env = TabletopEnv(robot)
+    env = TabletopEnv(robot, drawn=drawn)
     spec = env.robot
     observation = env.reset(seed)
     pushes = draw_pushes(np.random.default_rng([seed, 2]), spec)
     steps, stayed = [], 0
     while True:
         action = env.expert_action()
-        executed = action if env.success else push(action, pushes, env.steps)
+        executed = action if env.success else push(action, pushes, env.steps, tools=len(spec.home))
         steps.append({"observation": observation, "action": action, "executed": executed})
         stayed = stayed + 1 if env.success else 0
         if stayed > STAY_S * spec.control_hz or env.steps == spec.max_steps:
@@ -59,26 +60,27 @@ def rollout(robot: str, seed: int) -> tuple[list[dict[str, Any]], bool]:
 
 
 def draw_pushes(rng: np.random.Generator, robot: Robot) -> list[tuple[int, int, np.ndarray, int | None]]:
-    """[(first step, last step + 1, offset f64[t 2] of the command, tool whose gripper does the opposite or None)]."""
+    """[(first step, last step + 1, offset f64[t m] of the command, tool whose gripper does the opposite or None)]."""
     tools = len(robot.home)
     pushes = []
     for _ in range(2 if rng.random() < DISTURBED else 0):
         start, duration = rng.uniform(0.0, 2.5), rng.uniform(0.2, 0.7)
-        offset = rng.normal(0.0, robot.disturbance, [tools, 2])
+        offset = rng.normal(0.0, robot.disturbance, [tools, len(robot.action_dims) // tools - 1])
         slip = int(rng.integers(tools)) if rng.random() < 0.4 else None
         first = round(start * robot.control_hz)
         pushes.append((first, first + max(1, round(duration * robot.control_hz)), offset, slip))
     return pushes
 
 
-def push(action: np.ndarray, pushes: list[tuple[int, int, np.ndarray, int | None]], step: int) -> np.ndarray:
+def push(action: np.ndarray, pushes: list[tuple[int, int, np.ndarray, int | None]], step: int, *, tools: int) -> np.ndarray:
     """What is executed in place of `action` f32[a] at `step`."""
-    executed = action.reshape(-1, 3).copy()
+    by_tool = action.reshape(tools, -1)
+    executed = by_tool.copy()
     for first, end, offset, slip in pushes:
         if first <= step < end:
-            executed[:, :2] += offset
+            executed[:, :-1] += offset
             if slip is not None:
-                executed[slip, 2] = 1.0 - action.reshape(-1, 3)[slip, 2]
+                executed[slip, -1] = 1.0 - by_tool[slip, -1]
     return executed.ravel()
 
 
@@ -89,9 +91,9 @@ def encode(image: np.ndarray, image_format: str) -> bytes:
     return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
-def example(robot: str, seed: int, episode: int) -> dict[str, Any]:
+def example(robot: str, seed: int, episode: int, drawn: Drawn = ANY) -> dict[str, Any]:
     """One episode as TFDS's features take it, images already encoded."""
-    recorded, success = rollout(robot, episode_seed(seed, robot, episode))
+    recorded, success = rollout(robot, episode_seed(seed, robot, episode), drawn)
     steps = []
     for t, step in enumerate(recorded):
         seen, last = step["observation"], t == len(recorded) - 1
@@ -132,14 +134,14 @@ def features_of(robot: Robot) -> Any:
     return features.FeaturesDict({"steps": features.Dataset(step), "episode_metadata": metadata})
 
 
-def record(out: str, robot: str, *, episodes: int, seed: int) -> None:
+def record(out: str, robot: str, *, episodes: int, seed: int, drawn: Drawn = ANY) -> None:
     """Writes OUT/<robot>/1.0.0 with a train split of `episodes` episodes, 25 to a shard but at least two shards."""
     write.write(
         out,
         robot,
         VERSION,
         features_of(ROBOTS[robot]),
-        (example(robot, seed, episode) for episode in tqdm(range(episodes), desc=robot, unit="episode")),
+        (example(robot, seed, episode, drawn) for episode in tqdm(range(episodes), desc=robot, unit="episode")),
         shards=min(episodes, max(2, episodes // 25)),
         description=f"{robot}: a scripted expert in vla_jax's tabletop world, seed {seed}.",
     )
@@ -151,8 +153,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=400, help="per robot (default 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--robots", default=",".join(ROBOTS), help="comma-separated (default: all)")
+    parser.add_argument("--goal", default="beside", choices=GOALS, help="where blocks go: beside the bowl, or into it (default beside)")
+    parser.add_argument("--without", default="", metavar="COLOUR-SIDE", help="an instruction never given, such as blue-left")
     args = parser.parse_args(argv)
-    robots = args.robots.split(",")
+    robots, without = args.robots.split(","), tuple(args.without.split("-"))[:2] if args.without else ()
+    if without and (len(without) != 2 or without[0] not in COLOURS or without[1] not in SIDES or args.without.count("-") != 1):
+        parser.error(f"--without {args.without}: write COLOUR-SIDE, of {', '.join(COLOURS)} and {', '.join(SIDES)}")
     if unknown := [robot for robot in robots if robot not in ROBOTS]:
         parser.error(f"--robots: no robot called {', '.join(unknown)}; there are {', '.join(ROBOTS)}")
     if not (1 <= args.episodes <= EPISODES_MAX and 0 <= args.seed < SEEDS_MAX):
@@ -168,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     tfds.disable_progress_bar()  # ours counts episodes
     tf.config.set_visible_devices([], "GPU")  # TensorFlow only writes files here; the GPU is JAX's
     for robot in robots:
-        record(args.out, robot, episodes=args.episodes, seed=args.seed)
+        record(args.out, robot, episodes=args.episodes, seed=args.seed, drawn=Drawn(goal=args.goal, without=without))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from vla_jax.tabletop.robots import ARM_BASE, arm_elbow
+from vla_jax.tabletop.robots import ARM_BASE, WHEELS, arm_elbow
 from vla_jax.tabletop.world import BLOCK, BOWL_RADIUS, HOLDING, TABLE, Scene
 
 BASE_WIDTH = 0.64  # m across: the table and a margin
@@ -30,8 +30,9 @@ def picture(
     size: int,
     centre: Sequence[float] = (0.0, 0.0),
     width: float = BASE_WIDTH,
+    turned: bool = False,
 ) -> np.ndarray:
-    """What a camera `width` metres wide sees above `centre`, at `size` x `size` pixels."""
+    """What a camera `width` metres wide sees above `centre`, at `size` x `size` pixels; turned: from the right edge, so that up is -x."""
     canvas_size = size * SUPERSAMPLE
     scale = canvas_size / width
     canvas = np.empty([canvas_size, canvas_size, 3], np.uint8)
@@ -60,6 +61,7 @@ def picture(
         apart = 0.016 + 0.032 * opening
         for side in (-1.0, 1.0):
             box(x + side * apart, y, 0.009, 0.032, colour)
+    canvas = np.rot90(canvas, -1) if turned else canvas
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
 
 
@@ -73,4 +75,6 @@ def links(robot: str, q: np.ndarray, tools: np.ndarray) -> list[list[np.ndarray]
             return [[ARM_BASE, arm_elbow(q[0]), tools[0]]]
         case "tabletop_bimanual":
             return [[np.array([-edge, 0.0]), tools[0]], [np.array([edge, 0.0]), tools[1]]]
+        case "tabletop_omni":
+            return [[tools[0], tools[0] + 0.05 * wheel] for wheel in WHEELS]
     raise ValueError(f"no drawing of a robot called {robot!r}")

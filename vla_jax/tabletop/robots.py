@@ -1,7 +1,8 @@
-"""Three robots that share a table and nothing else: action space, control rate, cameras and state all differ.
+"""Four robots that share a table and nothing else: action space, control rate, cameras and state all differ.
 
-A robot has `t` tools and three numbers for each in its state and its action: two of motion and the gripper (1 = open).
-`q` f64[t 2] is the motion part of the state: tool positions for the gantry and the two arms, joint angles for the arm.
+A robot has `t` tools, for each of them two numbers of motion and the gripper (1 = open) in its state, and as many or more in its action.
+`q` f64[t 2] is the motion part of the state: tool positions, but joint angles for the arm. The wheeled robot is there to be
+fine-tuned to: the demo does not train on it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from vla_jax.tabletop.world import REACH_LIMIT
 SLIDER_MAX = 0.12  # m a step
 ARM_MAX = 0.20  # rad a step
 BIMANUAL_MAX = 0.03  # m a step
+OMNI_MAX = 0.10  # m a step
+WHEELS = np.array([[0.0, 1.0], [-(0.75**0.5), -0.5], [0.75**0.5, -0.5]])  # the ways in which three wheels roll, 120 degrees apart
 ARM_BASE = np.array([0.0, -1.0])  # far from the table: a joint then moves the tool in much the same direction everywhere
 ARM_LINK = 0.80  # m, both links; the far corners are 1.31 m away, so the elbow is never straight
 
@@ -24,8 +27,8 @@ ARM_LINK = 0.80  # m, both links; the far corners are 1.31 m away, so the elbow 
 class Robot:
     """What is fixed about a robot.
 
-    forward: q f64[t 2] -> tool positions f64[t 2]. inverse: the other way. move: (q, command f64[t 2]) -> the next q,
-    within the robot's limits. command: (q, target f64[t 2]) -> the motion command f64[t 2] with which the expert
+    forward: q f64[t 2] -> tool positions f64[t 2]. inverse: the other way. move: (q, command f64[t m]) -> the next q,
+    within the robot's limits; m is 2, and 3 with wheels. command: (q, target f64[t 2]) -> the motion command f64[t m] with which the expert
     brings the tools towards `target`. home: tool positions (t of them) in metres, from which an episode starts within
     +- start_spread. disturbance: typical size of the push that recording adds to a command, in the command's own unit.
     max_steps is about three expert episodes. tolerance: how near to a block or a goal, in metres, the expert counts a
@@ -110,6 +113,16 @@ def arm_command(q: np.ndarray, target: np.ndarray) -> np.ndarray:
     return jog(arm_inverse(target) - q, 0.06)
 
 
+def omni_move(q: np.ndarray, rolled: np.ndarray) -> np.ndarray:
+    """Tool position after each wheel f[.. 3] has rolled so many metres: the least-squares motion, at most `OMNI_MAX` long."""
+    return on_table(step_towards(q, q + rolled @ WHEELS * (2 / 3), OMNI_MAX))
+
+
+def omni_command(q: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """What each wheel rolls in metres, to jog the tool along x and y."""
+    return jog(target - q, 0.06) @ WHEELS.T
+
+
 ROBOTS: dict[str, Robot] = {
     "tabletop_slider": Robot(
         control_hz=5,
@@ -163,5 +176,22 @@ ROBOTS: dict[str, Robot] = {
         # The goal of the motion, not the next point on the way: were it one step ahead, copying the state would look
         # like skill.
         command=lambda q, target: target,
+    ),
+    "tabletop_omni": Robot(
+        control_hz=8,
+        views=("base", "side"),
+        image_format="jpeg",
+        state_dims=("x", "y", "gripper"),
+        action_dims=("w1", "w2", "w3", "gripper"),
+        max_steps=48,
+        tolerance=0.07,
+        gripper_rate=2.5,
+        home=((0.0, 0.0),),
+        start_spread=0.25,
+        disturbance=0.03,
+        forward=lambda q: q,
+        inverse=lambda tool: tool,
+        move=omni_move,
+        command=omni_command,
     ),
 }

@@ -22,15 +22,31 @@ GOAL_RADIUS = 0.10  # and counts as reached within this
 HOLDING = 0.5  # opening at which a tool's fingers touch the block between them
 COLOURS = ("red", "green", "blue")
 SIDES = ("left", "right")
-PHRASES = (
-    "move the {colour} block {side} of the bowl",
-    "put the {colour} block {side} of the bowl",
-)
+PHRASES = {
+    "beside": ("move the {colour} block {side} of the bowl", "put the {colour} block {side} of the bowl"),
+    "into": ("drop the {colour} block into the bowl", "put the {colour} block into the bowl"),
+}
+GOALS = tuple(PHRASES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Which instructions are given. goal: one of GOALS. without, only: (colour, side) of "beside" that never, or always, are."""
+
+    goal: str = "beside"
+    without: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def allows(self, colour: str, side: str) -> bool:
+        return (colour, side) != self.without and (not self.only or (colour, side) == self.only)
+
+
+ANY = Drawn()
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Which block goes to which side, and the words that say so. `block` indexes `Scene.blocks`."""
+    """Which block goes to which side (or into the bowl), and the words that say so. `block` indexes `Scene.blocks`."""
 
     block: int
     side: str
@@ -52,12 +68,19 @@ class Scene:
     held: np.ndarray
 
 
-def draw(rng: np.random.Generator, tools: int, *, blocks: int = 1) -> tuple[Scene, Task]:
-    """A scene that no instruction finds solved already: both goals are free of blocks.
+def draw(rng: np.random.Generator, tools: int, *, blocks: int = 1, drawn: Drawn = ANY) -> tuple[Scene, Task]:
+    """A scene that no instruction finds solved already: bowl and goals are free of blocks.
 
     Places are few, so that a model of a million parameters learns to see them within minutes. With one block a policy
     deaf to language succeeds in half of the scenes at most; with two, whose colours it must tell apart, in a quarter.
     """
+    while True:
+        scene, task = _draw(rng, tools, blocks, drawn.goal)
+        if drawn.allows(scene.colours[task.block], task.side):
+            return scene, task
+
+
+def _draw(rng: np.random.Generator, tools: int, blocks: int, goal: str) -> tuple[Scene, Task]:
     row = rng.integers(3)  # of the bowl, which stands in the middle column; its neighbours are the goals
     free = [(i, j) for i in range(3) for j in range(3) if j != row]
     places = np.array([(1, row), *(free[i] for i in rng.permutation(len(free))[:blocks])])
@@ -65,13 +88,16 @@ def draw(rng: np.random.Generator, tools: int, *, blocks: int = 1) -> tuple[Scen
     bowl, at = xy[0], xy[1:]
     colours = tuple(COLOURS[i] for i in rng.permutation(3)[:blocks])
     block, side = int(rng.integers(blocks)), SIDES[rng.integers(2)]
-    prompt = PHRASES[rng.integers(len(PHRASES))].format(colour=colours[block], side=side)
+    side = side if goal == "beside" else goal
+    prompt = PHRASES[goal][rng.integers(len(PHRASES[goal]))].format(colour=colours[block], side=side)
     scene = Scene(bowl, at, colours, opening=np.ones(tools), held=np.full(tools, -1))
     return scene, Task(block, side, prompt)
 
 
 def goal_of(bowl: np.ndarray, side: str) -> np.ndarray:
-    """The point f64[2] that "{side} of the bowl" names."""
+    """The point f64[2] that "{side} of the bowl", or "into the bowl", names."""
+    if side == "into":
+        return bowl
     return bowl + [-GOAL_OFFSET if side == "left" else GOAL_OFFSET, 0.0]
 
 

@@ -15,10 +15,11 @@ from etils import epath
 
 from vla_jax import distributed, sharding
 from vla_jax.config import Config, Train
-from vla_jax.data import feed, stats
+from vla_jax.console import say
+from vla_jax.data import feed, prior, stats
 from vla_jax.data.source import Source, open_source
 from vla_jax.data.stream import Stream, initial_state
-from vla_jax.models import attention, flops, lora, presets, pretrained, vla
+from vla_jax.models import attention, flops, lora, presets, vla
 from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens import files
 from vla_jax.train import evaluate, metrics, optim, resume, state, step
@@ -49,11 +50,15 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
     started = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
-    source = open_source(config, tokens_per_image=patches, tokenizer_path=workdir / "action_tokenizer.json", refit=not started)
+    begun = workdir / "init"  # what a policy in model.init brought along; a run that has started needs that folder no more
+    first = prior.load(begun if started else config.model.init) if started or config.model.init else None
+    if first:
+        first.check(config)
+    kept = workdir / "action_tokenizer.json"
+    source = open_source(config, tokens_per_image=patches, tokenizer_path=kept, refit=not started, prior=first)
     cfg = state.model_config(config, vocab=source.layout.vocab_size, state_dim=source.shape[2])
     trained = lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train)  # patterns are checked
-    known = pretrained.known_rows(config.model.init, source.layout, cfg.vocab) if config.model.init else 0
-    drawn = max(0, source.layout.vocab_size - known)
+    drawn = max(0, source.layout.vocab_size - source.known_rows)
     if config.model.init and config.train.objective != "flow" and drawn and not vla.embedding(trained):
         raise UserError(
             f"the rows of the embedding for {drawn} action tokens are not in model.init, and would stay random: add 'llm/embedder/.*' to "
@@ -71,7 +76,27 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
         all_of["data"].pop(key)
     distributed.agree("config", json.dumps(all_of, sort_keys=True))  # one program, and its pauses at the same steps
     distributed.agree("data", source.fingerprint())
+    if first and not started and distributed.is_main():
+        first.keep(begun)
+        say(_begins(source, drawn))
     return Run(config, workdir, mesh, source, cfg)
+
+
+def _begins(source: Source, drawn: int) -> str:
+    """What a run takes from the policy that it begins with, what is new, and which robots it keeps or loses."""
+    first, c = source.prior, source.config
+    known = [] if c.data.refit_stats else [n for n in source.names if n in first.robots]
+    own = [n for n in source.names if n not in known]
+    keep, lost = first.carried(c, source.names, source.layout.action)
+    parts = [f"begins with {c.model.init}, step {first.step}"]
+    parts += [f"statistics of {', '.join(known)} are kept"] if known else []
+    parts += [f"those of {', '.join(own)} are of this data"] if own else []
+    parts.append(f"{drawn} action tokens have new rows of the embedding" if drawn else "the action tokens are its own")
+    if first.state_dim and source.shape[2] > first.state_dim:
+        parts.append(f"numbers {first.state_dim}..{source.shape[2] - 1} of the state have new rows of its projection")
+    parts += [f"{', '.join(card['name'] for card, _ in keep)} can still be driven as before"] if keep else []
+    parts += [f"{name} will not be in the export: {why}" for name, why in lost.items()]
+    return "; ".join(parts)
 
 
 def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = None) -> TrainState:
@@ -93,9 +118,15 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
         current, clock = state.started_again(restored), (meta.productive_s, meta.started)
         flow = np.array(meta.stream, np.int64) if meta.mixture == run.source.fingerprint() else flow
     else:
-        init = config.model.init
-        known = pretrained.known_rows(init, run.source.layout, run.cfg.vocab) if init else 0
-        current = state.create(run.cfg, tx, run.mesh, seed=t.seed, with_ema=with_ema, init=init, text_vocab=known)
+        current = state.create(
+            run.cfg,
+            tx,
+            run.mesh,
+            seed=t.seed,
+            with_ema=with_ema,
+            init=config.model.init,
+            known_rows=min(run.source.known_rows, run.cfg.vocab),
+        )
     if first >= t.steps:
         if main and not quiet:
             print(f"already done: {run.workdir} is at step {first} of {t.steps}")
@@ -219,12 +250,16 @@ def _halt(values: dict, now: int, t: Train, checkpoints: Checkpointer) -> None:
 
 def _meta(run: Run, flow: np.ndarray, meter: Meter) -> Meta:
     source = run.source
+    cards = [json.loads(json.dumps(dataclasses.asdict(ix.card))) for ix in source.indexes]
+    numbers = [stats.to_json(s) for s in source.statistics]
+    for card, known in source.prior.carried(run.config, source.names, source.layout.action)[0] if source.prior else ():
+        cards, numbers = [*cards, card], [*numbers, known]
     return Meta(
         config=json.loads(json.dumps(dataclasses.asdict(run.config))),
         digest=run.config.digest(),
         mixture=source.fingerprint(),
-        cards=[json.loads(json.dumps(dataclasses.asdict(ix.card))) for ix in source.indexes],
-        stats=[stats.to_json(s) for s in source.statistics],
+        cards=cards,
+        stats=numbers,
         action_tokenizer=files.to_json(source.layout.action),
         text_model=base64.b64encode(source.layout.text.model).decode(),
         vocab=source.layout.vocab_size,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from vla_jax import tree
 from vla_jax.config import Train
 from vla_jax.models import lora
 
@@ -52,7 +53,32 @@ def make(train: Train) -> optax.GradientTransformation:
         optax.stateless(lambda updates, _: _by_group(updates, train)),
     )
     which = lambda params: jax.tree.map(lambda t: "train" if t else "keep", lora.trainable(params, train))
-    return optax.multi_transform({"train": tx, "keep": optax.set_to_zero()}, which)  # what is kept costs no optimizer state
+    whole = optax.multi_transform({"train": tx, "keep": optax.set_to_zero()}, which)  # what is kept costs no optimizer state
+    if train.lr_decay == 1:
+        return whole
+    return optax.chain(whole, optax.stateless(lambda updates, _: by_layer(updates, train.lr_decay)))
+
+
+_TOWERS = (("img/", "img/Transformer/encoderblock/", ("img/embedding/", "img/pos_embedding")), ("llm/", "llm/layers/", ()))
+
+
+def by_layer(updates: dict, decay: float) -> dict:
+    """Updates times `decay` for each layer between theirs and the end of its tower (Bao et al., "BEiT", 2021): of L layers the i-th, from
+    0, has decay^(L - i), the patches' embedding and positions decay^(L + 1), and what follows the last layer 1. Layers lie stacked on
+    axis 0. The decoder's table is its output, too, and has 1; so have the expert and the state's projection. An adapter goes with its
+    weight."""
+    flat = tree.flatten(updates)
+
+    def factor(path: str, u):
+        path = path.removeprefix(f"{lora.NAME}/")
+        for tower, layers, below in _TOWERS:
+            if path.startswith(layers):
+                return (decay ** jnp.arange(len(u), 0, -1, dtype=u.dtype)).reshape(-1, *[1] * (u.ndim - 1))
+            if path.startswith(tower) and path.startswith(below):
+                return decay ** (1 + next(len(x) for p, x in flat.items() if p.startswith(layers)))
+        return 1.0
+
+    return tree.unflatten({path: u * factor(path, u) for path, u in flat.items()})
 
 
 def _adam(train: Train) -> optax.GradientTransformation:

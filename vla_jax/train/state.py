@@ -97,13 +97,13 @@ def convert(source: str, kind: str, out: str, *, preset: str, image_size: int, v
 
 
 def create(
-    cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, seed: int, with_ema: bool, init: str = "", text_vocab: int = 0
+    cfg: VLAConfig, tx: optax.GradientTransformation, mesh, *, seed: int, with_ema: bool, init: str = "", known_rows: int = 0
 ) -> TrainState:
-    """A fresh state, initialised sharded; init: a folder that `convert` wrote, whose parameters it begins with. text_vocab: ids of
-    the text model; only so many rows of the embedding are taken. Raises: UserError when they are not this model's."""
+    """A fresh state, initialised sharded; init: a folder that `convert` or `vla-jax export` wrote, whose parameters it begins with.
+    known_rows: of the embedding, which alone are taken from there. Raises: UserError when they are not this model's."""
     _, where = shardings(cfg, tx, mesh, with_ema=with_ema)
     with jax.set_mesh(mesh):
         if not init:
             return jax.jit(lambda: _init(cfg, tx, seed, with_ema), out_shardings=where)()
-        params = pretrained.load(init, "native", cfg, where.params, text_vocab=text_vocab, seed=seed)
+        params = pretrained.load(init, "native", cfg, where.params, text_vocab=known_rows, seed=seed)
         return jax.jit(lambda p: _init(cfg, tx, seed, with_ema, p), out_shardings=where, donate_argnums=0)(params)

@@ -1,0 +1,1 @@
+"""What pretraining is worth on the tabletop world, measured: a few minutes of CPU, one command, raw lines kept."""

@@ -1,0 +1,194 @@
+"""Runs the arms of plan.py one after another, each where an earlier start left off, and keeps a JSON line per arm and condition."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vla_jax import config
+from vla_jax.study import plan
+from vla_jax.study.plan import Arm, Condition, Scale
+from vla_jax.types import UserError
+
+DEVICES = 4  # virtual ones, as in the demo
+
+
+def main(workdir: Path, *, quick: bool, out: Path | None, only: tuple[str, ...] = ()) -> list[dict]:
+    """Returns all lines, also those of earlier starts. only: names of arms. Raises: UserError when a recording fails."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    from vla_jax import distributed
+
+    distributed.keep_compiled()
+    scale = plan.QUICK if quick else Scale()
+    workdir.mkdir(parents=True, exist_ok=True)
+    kept = workdir / "study.jsonl"
+    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    began = time.time()
+    record(workdir, scale)
+    _say(began, "recorded")
+    chosen = plan.arms(scale)
+    if unknown := set(only) - {arm.name for arm in chosen}:
+        raise UserError(f"no arm called {', '.join(sorted(unknown))}; there are: {', '.join(arm.name for arm in chosen)}")
+    for arm in chosen:
+        if only and arm.name not in only:
+            continue
+        done = {(line["condition"], line["robot"]) for line in lines if line["arm"] == arm.name}
+        left = [c for c in arm.conditions if (c.name, c.robot) not in done]
+        if not left:
+            continue
+        trained = train(workdir, arm)
+        _say(began, f"{arm.name}: trained in {trained['train_s']:.0f} s")
+        for line in act(workdir, arm, left, scale.trials):
+            line = {**line, **trained, **stamp(scale)}
+            _say(
+                began,
+                f"{arm.name}: {line['condition']}, {line['robot']}: {line['successes']} of {line['trials']}, progress {line['progress']:.2f}",
+            )
+            lines.append(line)
+            for file in (kept, *([out] if out else ())):
+                with open(file, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+    return lines
+
+
+def stamp(scale: Scale) -> dict:
+    """What the line was measured on, and how busy that machine was: mean number of running processes over a minute."""
+    from vla_jax.bench import run
+
+    return {"pretrain_steps": scale.steps, "finetune_steps": scale.finetune_steps, "load": round(os.getloadavg()[0], 1), **run.stamp()}
+
+
+def _say(began: float, text: str) -> None:
+    print(f"[{time.time() - began:5.0f} s] {text}", flush=True)
+
+
+def record(workdir: Path, scale: Scale) -> None:
+    """Two recorders at a time (TensorFlow stays out of this process); a folder gets its name when it is whole."""
+    todo = [job for job in plan.recordings(scale) if not (workdir / "data" / job[0] / job[1]).is_dir()]
+    running: list[tuple[Path, Path, subprocess.Popen]] = []
+    with open(workdir / "record.log", "a") as log:
+        while todo or running:
+            while todo and len(running) < 2:
+                folder, robot, episodes, more = todo.pop(0)
+                partial = workdir / f"recording-{folder}-{robot}"
+                shutil.rmtree(partial, ignore_errors=True)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "vla_jax.tabletop.record",
+                    str(partial),
+                    "--episodes",
+                    str(episodes),
+                    "--robots",
+                    robot,
+                    *more,
+                ]
+                running.append((partial / robot, workdir / "data" / folder / robot, subprocess.Popen(command, stdout=log, stderr=log)))
+            made, place, process = running.pop(0)
+            if process.wait():
+                for _, _, other in running:
+                    other.kill()
+                raise UserError(f"recording {place} failed; see {workdir / 'record.log'}")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            made.rename(place)
+            made.parent.rmdir()
+
+
+def settings(workdir: Path, arm: Arm) -> config.Config:
+    """The resolved config of an arm."""
+    where = [f"data.root={workdir / 'data' / arm.data}", f"data.index_dir={workdir / 'index' / arm.data}"]
+    where += [f"model.init={workdir / 'export' / arm.begins}"] if arm.begins else []
+    last = next(item.partition("=")[2] for item in arm.overrides if item.startswith("train.steps="))
+    return config.load(arm.config, [*arm.overrides, *where, f"train.save_every={last}"])[0]
+
+
+def train(workdir: Path, arm: Arm) -> dict:
+    """Trains and exports the arm, if that is not done -> {train_s, train_cpu_s, steps}: seconds on the wall and of all cores, with
+    compiling, indexing and fitting."""
+    out = workdir / "export" / arm.name
+    if not (out / "study.json").is_file():
+        from vla_jax.deploy import export
+        from vla_jax.train import loop
+
+        shutil.rmtree(out, ignore_errors=True)
+        wall, cpu = time.time(), time.process_time()
+        run = loop.prepare(settings(workdir, arm), workdir / "runs" / arm.name, where=arm.config)
+        loop.train(run, quiet=True)
+        took = {
+            "train_s": round(time.time() - wall, 1),
+            "train_cpu_s": round(time.process_time() - cpu, 1),
+            "steps": run.config.train.steps,
+        }
+        export.export(run.workdir, out)
+        (out / "study.json").write_text(json.dumps(took))
+    return json.loads((out / "study.json").read_text())
+
+
+class Steady:
+    """A policy that is always asked for as many robots at once, so that one shape is compiled; it notes what it took."""
+
+    def __init__(self, policy, rows: int):
+        self.policy, self.rows, self.steps, self.card = policy, rows, policy.steps, policy.card
+
+    def act(self, observations: list[dict]) -> list:
+        fill = [observations[0]] * (self.rows - len(observations))
+        return self.policy.act([*observations, *fill])[: len(observations)]
+
+
+def act(workdir: Path, arm: Arm, conditions: list[Condition], trials: int):
+    """Yields a line for each condition: successes with Wilson's interval, progress (see TabletopEnv) and the half width of its 95 %
+    interval, steps to success, malformed chunks, and the time of an answer for one robot alone."""
+    from vla_jax.deploy import policy, rollout
+    from vla_jax.tabletop.env import EVAL_SEED, ROBOTS, TabletopEnv
+
+    robots = policy.load_all(workdir / "export" / arm.name)
+    for condition in conditions:
+        envs, robot, spec = [], robots[condition.robot], ROBOTS[condition.robot]
+
+        def make(condition=condition, envs=envs):
+            envs.append(TabletopEnv(condition.robot, drawn=condition.drawn, camera=condition.camera))
+            return envs[-1]
+
+        seeds = range(EVAL_SEED, EVAL_SEED + trials)
+        found = rollout.rollouts(Steady(robot, trials), make, seeds, max_steps=spec.max_steps, execute=1.0)
+        won, progress = [o for o in found if o.success], np.array([env.progress for env in envs])
+        low, high = rollout.wilson(len(won), trials)
+        yield {
+            "arm": arm.name,
+            "head": arm.head,
+            "begins": arm.begins,
+            "target": arm.target,
+            "demonstrations": arm.demonstrations,
+            "condition": condition.name,
+            "robot": condition.robot,
+            "trials": trials,
+            "successes": len(won),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "progress": round(float(progress.mean()), 4),
+            "progress_half": round(float(1.96 * progress.std(ddof=1) / np.sqrt(trials)), 4),
+            "steps_to_success": round(float(np.mean([o.steps for o in won])), 2) if won else None,
+            "malformed": sum(o.malformed for o in found),
+            **timed(robot, envs[0].reset(EVAL_SEED)),
+        }
+
+
+def timed(robot, observation: dict, *, calls: int = 9) -> dict:
+    """Of one observation at a time, compiled: the median seconds of an answer, and of one of its actions."""
+    took = []
+    for _ in range(calls + 1):
+        began = time.perf_counter()
+        robot.act([observation])
+        took.append(time.perf_counter() - began)
+    answer = float(np.median(took[1:]))
+    return {"answer_s": round(answer, 4), "action_s": round(answer / robot.steps, 4)}
