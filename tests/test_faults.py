@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_jax.bench import faults
+from vla_jax.bench import faults, restart
 from vla_jax.types import UserError
 
 ODD = """import os, sys, threading, time
@@ -145,3 +145,17 @@ def test_a_full_file_system(undisturbed, tabletop, tmp_path):
         assert faults.differences(faults.outcome(job.workdir), expected) == []
     finally:
         subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@soak
+def test_what_a_restart_costs(tabletop, tmp_path):
+    """Each kind of start is told apart in its parts; with what was compiled nothing is created, and the save's stall is a share of a step."""
+    (tmp_path / "data").symlink_to(tabletop)
+    *starts, save = restart.run(tmp_path, preset="tiny", processes=2, repeats=1)
+    assert [line["start"] for line in starts] == ["first", "cached", "uncached"]
+    for line in starts:
+        made = "create_s" if line["start"] == "first" else "restore_s"
+        assert line["total_s"] == pytest.approx(sum(line[k] for k in ("init_s", made, "batch_s", "compile_s")), abs=0.03)
+        assert min(line["init_s"], line[made], line["compile_s"]) > 0
+    assert save["saves"] >= 4 and save["stall_s"] > 0
+    assert not list(tmp_path.glob("restart*"))

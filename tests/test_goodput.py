@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from vla_jax.bench import restart
 from vla_jax.bench.goodput import Fleet, simulate
 from vla_jax.types import UserError
 
@@ -43,3 +44,10 @@ def test_the_same_seed_gives_the_same_week():
     for odd in (Fleet(hosts=0), Fleet(announced=2.0), Fleet(mtbf_h=0.0), Fleet(save_every=0)):
         with pytest.raises(UserError, match="nothing to simulate"):
             simulate(odd)
+
+
+def test_what_a_save_makes_the_loop_wait():
+    """Of four windows two began a save; the usual step is the median of all."""
+    line = lambda share, seconds, step_s: {"train/step_s": step_s, "train/seconds": seconds, "train/time/checkpoint": share}
+    lines = [line(0.0, 1.0, 1.0), line(0.5, 4.0, 2.0), {"step": 3}, line(0.0, 1.0, 1.0), line(0.25, 2.0, 1.5)]
+    assert restart._waits(lines) == [(2.0, 1.25), (0.5, 1.25)]

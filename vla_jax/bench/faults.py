@@ -265,16 +265,23 @@ time.time = turned
 """
 
 
+def record(folder: Path) -> Path:
+    """A few episodes of the tabletop's robots below `folder`, once."""
+    root = folder / "data"
+    if not root.exists():
+        subprocess.run([sys.executable, "-m", "vla_jax.tabletop.record", str(root), "--episodes", "12", "--seed", "1"], check=True)
+    return root
+
+
 def run(folder: Path, *, n: int, processes: int = 2, seed: int = 0, only: tuple[str, ...] = ()) -> Iterator[dict]:
     """n faults on a small model and the tabletop's data, which are made below `folder`. Yields {fault, survived, why, lost_steps, lost_s: more
     than the undisturbed run took, ..} for each, and {faults, survived, lost} at the end. Raises: UserError when the undisturbed run fails."""
     if unknown := set(only) - FAULTS.keys():
         raise UserError(f"no fault {', '.join(sorted(unknown))}; there are: {', '.join(FAULTS)}")
-    folder, root, pick = folder.resolve(), folder.resolve() / "data", random.Random(seed)
+    folder, pick = folder.resolve(), random.Random(seed)
     (folder / "turned").mkdir(parents=True, exist_ok=True)
     (folder / "turned" / "sitecustomize.py").write_text(_TURNED)
-    if not root.exists():
-        subprocess.run([sys.executable, "-m", "vla_jax.tabletop.record", str(root), "--episodes", "12", "--seed", "1"], check=True)
+    root = record(folder)
     finish(Job(root, folder / "first", processes))  # compiles, and makes the index
     before = time.monotonic()
     finish(Job(root, folder / "undisturbed", processes))

@@ -124,13 +124,17 @@ def add(commands) -> None:
         "--workdir", default="runs/faults", type=folder, metavar="DIR", help="for data and runs; those that were lost stay"
     )
     attacked.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
+    again = command(bench, "restart", _bench_restart, "what a start, a restart and a checkpoint cost a small run of real processes")
+    again.add_argument("--preset", default="demo", help="the model (default: demo)")
+    again.add_argument("--processes", type=positive, default=1, help="of 4 devices together (default: 1)")
+    again.add_argument("--workdir", default="runs/restart", type=folder, metavar="DIR", help="for data and runs")
     week = command(bench, "goodput", _bench_goodput, "what a run loses to machines that come and go: a simulation, of what is assumed here")
     for f in dataclasses.fields(goodput.Fleet):
         kind = int if f.type == "int" else float
         week.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"default: {f.default:g}")
     week.add_argument("--days", type=float, default=7.0, help="default: 7")
     week.add_argument("--seed", type=int, default=0)
-    for p in (data, step, tokens, decode, attention):
+    for p in (data, step, tokens, decode, attention, again):
         p.add_argument("--repeats", type=positive, default=5)
         p.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here")
 
@@ -329,6 +333,15 @@ def _bench_faults(args) -> int:
     for line in faults.run(Path(args.workdir), n=args.n, processes=args.processes, seed=args.seed, only=args.only):
         _show({"bench": "faults", **line, **stamp()}, args.out)
     return 1 if line["lost"] else 0
+
+
+def _bench_restart(args) -> int:
+    from vla_jax.bench import restart
+    from vla_jax.bench.run import stamp
+
+    for line in restart.run(Path(args.workdir).resolve(), preset=args.preset, processes=args.processes, repeats=args.repeats):
+        _show({"bench": "restart", **line, **stamp()}, args.out)
+    return 0
 
 
 def _bench_goodput(args) -> int:

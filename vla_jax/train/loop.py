@@ -27,7 +27,7 @@ from vla_jax.train import workdir as workdirs
 from vla_jax.train.checkpoint import Checkpointer, Meta
 from vla_jax.train.evaluate import Evaluation
 from vla_jax.train.interruption import Interruption, Watch
-from vla_jax.train.meter import Meter, Profile, memory, utilisation
+from vla_jax.train.meter import Meter, Profile, age, memory, utilisation
 from vla_jax.types import Interrupted, TrainState, UserError
 
 
@@ -108,6 +108,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
     config, t, names = run.config, run.config.train, run.source.names
     if profile and profile[0] > t.steps:
         raise UserError(f"--profile={profile[0]}:{profile[1]}: the run has {t.steps} steps (train.steps)")
+    began = age()
     resume.remember(config, run.workdir)
     tx, with_ema, main = optim.make(t), t.ema > 0, distributed.is_main()
     abstract, where = state.shardings(run.cfg, tx, run.mesh, with_ema=with_ema)
@@ -133,6 +134,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
         checkpoints.close()
         return current
 
+    started = {"init_s": began, "restore_s" if first else "create_s": age() - began}
     train_step = step.make_train_step(config, run.cfg, tx, run.mesh, where, datasets=len(names))
     evaluation = Evaluation(run.source, run.cfg, run.mesh, where.params)
     share = len(flow) // distributed.process_count()
@@ -167,6 +169,8 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
             trace.after(now, measured)
             meter.steps += 1
             writer.progress(now)
+            if now == first + 1:
+                writer.log(now, {"start": started | meter.first()})
             if now % t.log_every == 0 or now == t.steps:
                 values = _readable(measured, names)
                 values |= meter.window()

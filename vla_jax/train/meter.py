@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 import time
@@ -15,6 +16,8 @@ from vla_jax import distributed, hardware
 from vla_jax.models import flops
 from vla_jax.models.presets import VLAConfig
 from vla_jax.train import metrics
+
+_IMPORTED = time.perf_counter()
 
 
 class Meter:
@@ -40,6 +43,10 @@ class Meter:
         yield
         self._spent[what] += time.perf_counter() - before
 
+    def first(self) -> dict:
+        """What the first step waited for, in seconds: {batch_s, compile_s}."""
+        return {"batch_s": self._spent["data"], "compile_s": self._spent["compile"]}
+
     def so_far(self) -> float:
         """Productive seconds up to now."""
         return self.productive + max(time.perf_counter() - self._since - sum(self._spent.values()), 0.0)
@@ -62,6 +69,15 @@ def utilisation(cfg: VLAConfig, work: dict, seconds: float) -> dict:
     rate = flops.model(cfg, work) / seconds / jax.device_count()
     chip = hardware.of_kind(jax.devices()[0].device_kind)
     return {"model_tflops": rate / 1e12} | ({"mfu": rate / chip.peak} if chip else {})
+
+
+def age() -> float:
+    """Seconds since this process began, before its imports; since this module was imported where the system does not tell."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - began
+    except (OSError, ValueError, IndexError):
+        return time.perf_counter() - _IMPORTED
 
 
 def memory() -> dict:
