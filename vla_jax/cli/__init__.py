@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from vla_jax import __version__, config, distributed
-from vla_jax.cli import data, deploy, rollouts, runs, tokens
+from vla_jax.cli import bench, data, deploy, rollouts, runs, tokens
 from vla_jax.cli.arguments import Parser
 from vla_jax.console import say
 from vla_jax.types import Interrupted, UserError
@@ -91,6 +91,6 @@ def parser() -> Parser:
     made = Parser(prog="vla-jax", description="Pretraining of Vision-Language-Action models in JAX.", allow_abbrev=False)
     made.add_argument("--version", action="version", version=__version__)
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (runs, deploy, rollouts, data, tokens):
+    for room in (runs, deploy, rollouts, data, tokens, bench):
         room.add(commands)
     return made
