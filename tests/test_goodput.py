@@ -28,6 +28,8 @@ def test_against_the_expectation():
     lost = 0.5 * (cycle / 2 + 60)
     assert np.mean([f["goodput"] for f in found]) == pytest.approx((mean * 1000 / cycle - lost) / each, abs=0.004)
     assert np.mean([f["failures"] for f in found]) == pytest.approx(7 * 86400 / each, rel=0.03)
+    hours = sum(f["lost_h"] for f in found) / sum(f["failures"] for f in found)
+    assert hours * 3600 == pytest.approx(lost * 1000 / cycle, rel=0.03)
     for f in found:
         assert f["goodput"] * 168 + f["lost_h"] + f["waiting_h"] == pytest.approx(168)
 

@@ -112,7 +112,11 @@ def test_a_flood_of_small_items_takes_no_memory():
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("x", [object(), np.array([None]), np.array([1 + 2j]), np.array(["a"]), {"a": {1, 2}}], ids=repr)
+@pytest.mark.parametrize(
+    "x",
+    [object(), np.array([None]), np.array([1 + 2j]), np.array(["a"]), {"a": {1, 2}}],
+    ids=["object", "objects", "complex", "text", "set"],
+)
 def test_what_cannot_be_sent_is_said(x):
     with pytest.raises((TypeError, ValueError), match="cannot be sent|holds no numbers|send text"):
         wire.pack(x)
