@@ -21,7 +21,13 @@ from vla_jax.train import checksums, interruption
 def plain(x: np.ndarray) -> int:
     """The rule of checksums in numpy and Python integers, one element after another."""
     bits = x.view(f"u{x.dtype.itemsize}").reshape(-1) if x.dtype != bool else x.reshape(-1)
-    return sum(int(b) * ((i * (2654435761 * 2 % 2**32) + 1) % 2**32) for i, b in enumerate(bits)) % 2**32
+    total = 0
+    for i, b in enumerate(bits):
+        x = int(b) ^ (i * 0x9E3779B1 + 0x7F4A7C15) % 2**32
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        total += x ^ x >> 16
+    return total % 2**32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32", "bool", "uint8"])
@@ -37,6 +43,20 @@ def test_any_flipped_bit_is_seen(seed, at, bit):
     y = x.copy()
     y.reshape(-1)[at] ^= np.uint32(1 << bit)
     assert checksums.of({"x": jnp.asarray(x)}) != checksums.of({"x": jnp.asarray(y)})
+
+
+def test_changes_of_several_elements_are_seen():
+    """The highest bits, which a plain weighted sum loses: two signs, all signs; one bit of two elements; elements that changed places."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 32)).astype(np.float32)
+    of = lambda y: checksums.of([jnp.asarray(y)])["0"]
+    odd = [-x, x[::-1].copy(), x * np.where(rng.random(x.shape) < 0.5, 1, -1).astype(np.float32)]
+    for bit in range(32):
+        for _ in range(8):
+            bits = x.copy().view(np.uint32).reshape(-1)
+            bits[rng.choice(bits.size, 2, replace=False)] ^= np.uint32(1 << bit)
+            odd.append(bits.view(np.float32).reshape(x.shape))
+    assert of(x) not in {of(y) for y in odd}
 
 
 def test_checksums_do_not_depend_on_the_division():

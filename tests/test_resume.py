@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from vla_jax import tree
@@ -38,9 +40,22 @@ def test_retention(tiny, tmp_path, monkeypatch, over, expected):
     assert kept(tmp_path) == expected
 
 
+def test_the_best_stay_over_restarts(tiny, tmp_path, monkeypatch):
+    """0.1 and 0.9; started again: 0.8 and 0.7. A best step that is damaged has no loss any more, and harms nothing."""
+    losses = iter([0.1, 0.9, 0.8, 0.7, 0.75, 0.78])
+    monkeypatch.setattr(evaluate.Evaluation, "__call__", lambda self, params: {"a": {"nll": next(losses)}})
+    of = lambda steps: tiny(f"train.steps={steps}", "train.save_every=2", "train.eval_every=2", "train.keep=1", "train.keep_best=1")
+    for steps, expected in ((4, [2, 4]), (8, [2, 8])):
+        loop.train(loop.prepare(of(steps), tmp_path), quiet=True)
+        assert kept(tmp_path) == expected
+    (tmp_path / "checkpoints/2/meta/metadata").write_text("{")
+    loop.train(loop.prepare(of(12), tmp_path), quiet=True)
+    assert kept(tmp_path) == [8, 12]
+
+
 def test_the_loss_by_which_the_best_are_chosen():
     assert evaluate.loss({}) is None
-    assert evaluate.loss({"a": {"nll": 1.0}, "b": {"nll": 2.0, "flow": 0.5}})["loss"] == pytest.approx(1.75)
+    assert evaluate.loss({"a": {"nll": 1.0}, "b": {"nll": 2.0, "flow": 0.5}}) == pytest.approx(1.75)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +115,8 @@ def test_no_whole_checkpoint_is_no_new_beginning(tiny, tmp_path):
 
 def test_a_save_that_fails_costs_that_step_alone(tiny, tmp_path, monkeypatch, capfd):
     """The store refuses the second of three steps when it is asked, or the first while it writes; what is left of it is removed."""
-    import orbax.checkpoint as ocp
-
     c = tiny("train.steps=3", "train.save_every=1", "train.keep=5")
+    real_wait = ocp.CheckpointManager.wait_until_finished
     for when, lost in (("save", 2), ("wait_until_finished", 1)):
         real, calls = getattr(ocp.CheckpointManager, when), []
 
@@ -110,7 +124,8 @@ def test_a_save_that_fails_costs_that_step_alone(tiny, tmp_path, monkeypatch, ca
             calls.append(1)
             out = real(self, *args, **more)
             if len(calls) == 2:
-                (self.directory / f"{lost}.orbax-checkpoint-tmp").mkdir(exist_ok=True)
+                real_wait(self)
+                (self.directory / str(lost)).rename(self.directory / f"{lost}.orbax-checkpoint-tmp")  # it never came to its name
                 raise OSError(28, "No space left on device")
             return out
 
@@ -137,3 +152,63 @@ def test_parameters_for_export_need_no_such_mesh(tiny, tmp_path, ema):
     assert done.returncode == 0, done.stderr[-2000:]
     expected, got = tree.flatten(trained.ema or trained.params), np.load(tmp_path / "got.npz")
     assert set(got) == set(expected) and all(np.array_equal(got[k], expected[k]) and got[k].dtype == expected[k].dtype for k in got)
+
+
+def test_an_old_step_that_cannot_be_removed_costs_no_new_one(tiny, tmp_path, monkeypatch, capfd):
+    """Orbax removes old steps in the breath in which it finishes the new one."""
+    real = shutil.rmtree
+
+    def rmtree(path, *args, **more):
+        if str(path).rstrip("/").endswith("checkpoints/2"):
+            raise OSError(39, "Directory not empty")
+        real(path, *args, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    loop.train(loop.prepare(tiny("train.steps=8", "train.save_every=2", "train.keep=1"), tmp_path), quiet=True)
+    assert {2, 8} <= set(kept(tmp_path))
+    assert "an older one could not be removed" in (said := capfd.readouterr().err) and "could not be written" not in said
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_last_save_that_fails_is_no_finished_run(tiny, tmp_path, monkeypatch, times):
+    """Tried once more; if that fails, too, the run ends as one that has to be started again."""
+    real, left = ocp.CheckpointManager.save, [times]
+
+    def save(self, step, *args, **more):
+        if step == 4 and left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return real(self, step, *args, **more)
+
+    c = tiny("train.steps=4", "train.save_every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", save)
+        if times == 1:
+            loop.train(loop.prepare(c, tmp_path), quiet=True)
+        else:
+            with pytest.raises(OSError, match=r"holds steps \[2\], and the run was at 4"):
+                loop.train(loop.prepare(c, tmp_path), quiet=True)
+    loop.train(loop.prepare(c, tmp_path), quiet=True)  # with room again
+    assert kept(tmp_path) == [2, 4]
+
+
+def test_storage_that_does_not_answer_is_no_damage(tiny, tmp_path, monkeypatch):
+    """A read that fails once is tried again; one that goes on failing ends the start and leaves the step where it is."""
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda s: None)
+    c = tiny("train.steps=3", "train.save_every=2")
+    loop.train(loop.prepare(c, tmp_path), quiet=True)
+    real, left = ocp.StandardCheckpointHandler.restore, [1]
+
+    def restore(self, *args, **more):
+        if left[0]:
+            left[0] -= 1
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
+    final = loop.train(loop.prepare(tiny("train.steps=4", "train.save_every=2"), tmp_path), quiet=True)
+    assert int(final.step) == 4 and not (tmp_path / "damaged").exists()
+    left[0] = 99
+    with pytest.raises(OSError, match="cannot be read now .ConnectionResetError"):
+        loop.train(loop.prepare(tiny("train.steps=5", "train.save_every=2"), tmp_path), quiet=True)
+    assert 4 in kept(tmp_path) and not (tmp_path / "damaged").exists()

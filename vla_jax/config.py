@@ -131,6 +131,7 @@ class Train:
     keep: int = 2  # newest checkpoints kept
     keep_every: int = 0  # also those of every so many steps; 0: none
     keep_best: int = 0  # also so many with the lowest held-out loss, of those saved at a step that was evaluated; 0: none
+    save_timeout_s: float = 600.0  # that processes wait for one another to finish a checkpoint; then it is given up
     hang_s: float = 1800.0  # a process in which nothing moves for so long ends, to be started again; 0: never
     allow_new_mixture: bool = False  # resume although the data changed
 
@@ -221,7 +222,18 @@ class Config:
             d["data"].pop(key)
         for key in ("log_every", "eval_every", "eval_batches", "eval_frames", "wandb", "save_every", "allow_new_mixture"):
             d["train"].pop(key)
-        for key in ("steps", "accumulate", "spike", "max_skips", "keep", "keep_every", "keep_best", "hang_s", "moment_dtype"):
+        for key in (
+            "steps",
+            "accumulate",
+            "spike",
+            "max_skips",
+            "keep",
+            "keep_every",
+            "keep_best",
+            "hang_s",
+            "save_timeout_s",
+            "moment_dtype",
+        ):
             d["train"].pop(key)
         for group, key in (
             ("model", "init"),

@@ -7,6 +7,7 @@ what is compared are the checksums of the final state, the order of the samples,
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -20,8 +21,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from vla_jax.launch import RESUMABLE
-from vla_jax.train import metrics
+from vla_jax.train import checkpoint, metrics
 from vla_jax.types import UserError
 
 STEPS, SAVE_EVERY, DEVICES = 24, 4, 4
@@ -54,6 +57,7 @@ class Job:
             "train.save_every": SAVE_EVERY,
             "train.log_every": 1,
             "train.eval_batches": 1,
+            "train.save_timeout_s": 15.0,
         }
         command = [sys.executable, "-m", "vla_jax.cli", "train", "--config=configs/demo.py", f"--workdir={self.workdir}"]
         command += [*(f"--config.{key}={value}" for key, value in pairs.items()), *(f"--config.{item}" for item in self.more)]
@@ -218,6 +222,22 @@ def full(job: Job, pick: random.Random) -> dict | None:
     return {"codes": codes, "full_from": before}
 
 
+def full_one(job: Job, pick: random.Random) -> dict | None:
+    """The same of a random process alone: the others wait for its part, and give the step up with it."""
+    (p,) = pick.sample(job.running, 1)
+    before, hard = job.step(), resource.RLIM_INFINITY
+    resource.prlimit(p.pid, resource.RLIMIT_FSIZE, (4096, hard))
+    said = job.until(lambda: "could not be written" in job.log.read_text())
+    if p.poll() is None:
+        resource.prlimit(p.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    if not said:
+        return None
+    codes = job.wait()
+    if any(codes):
+        raise UserError(f"with the disk of one process full the run ended with {codes}: {job.log}")
+    return {"codes": codes, "full_from": before}
+
+
 def clock(job: Job, pick: random.Random) -> dict | None:
     """The wall clock jumps by a day, forward or back."""
     (job.workdir / "clock").write_text(str(pick.choice((-1, 1)) * 86400))
@@ -227,7 +247,7 @@ def clock(job: Job, pick: random.Random) -> dict | None:
     return {"codes": codes}
 
 
-FAULTS = {f.__name__: f for f in (kill, kill_in_save, terminate, interrupt, stop, flip, truncate, shard, full, clock)}
+FAULTS = {f.__name__: f for f in (kill, kill_in_save, terminate, interrupt, stop, flip, truncate, shard, full, full_one, clock)}
 
 
 def finish(job: Job) -> list[list[int]]:
@@ -242,17 +262,23 @@ def finish(job: Job) -> list[list[int]]:
 
 
 def outcome(workdir: Path) -> dict:
-    """What two runs are compared by: {sums, stream, losses: by step, that of the last start that came to it}."""
+    """What two runs are compared by: {arrays: SHA-256 of each of the final state, stream, losses: by step, of the last start that came to it}."""
     meta = json.loads((workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
     losses = {line["step"]: line["train/loss"] for line in metrics.read(workdir) if "train/loss" in line}
-    return {"sums": meta["sums"], "stream": meta["stream"], "losses": losses}
+    arrays = {path: hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in checkpoint.host_arrays(workdir, STEPS).items()}
+    return {"arrays": arrays, "stream": meta["stream"], "losses": losses}
 
 
-def differences(found: dict, expected: dict) -> list[str]:
-    """In what a finished run is not the undisturbed one; losses of steps whose line could not be written are not compared."""
-    out = [f"array {path}" for path, n in expected["sums"].items() if found["sums"].get(path) != n]
+def differences(found: dict, expected: dict, *, lines_lost: bool = False) -> list[str]:
+    """In what a finished run is not the undisturbed one. lines_lost: steps whose line could not be written are not compared."""
+    out = [
+        f"array {path}"
+        for path in sorted(expected["arrays"] | found["arrays"])
+        if found["arrays"].get(path) != expected["arrays"].get(path)
+    ]
     out += ["the order of the samples"] if found["stream"] != expected["stream"] else []
-    return out + [f"loss of step {step}" for step, loss in found["losses"].items() if loss != expected["losses"][step]]
+    steps = found["losses"] if lines_lost else expected["losses"]
+    return out + [f"loss of step {step}" for step in steps if found["losses"].get(step) != expected["losses"].get(step)]
 
 
 _TURNED = """import os, time
@@ -321,7 +347,7 @@ def one(job: Job, name: str, pick: random.Random, expected: dict, usual_s: float
             finish(job)
             lines = metrics.read(job.workdir)[logged:]
             resumed, after = lines[0]["step"], lines[0]["time"]
-        wrong = differences(outcome(job.workdir), expected)
+        wrong = differences(outcome(job.workdir), expected, lines_lost=name.startswith("full"))
     except (UserError, OSError) as e:
         return {"survived": False, "why": str(e)}
     finally:

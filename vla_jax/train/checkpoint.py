@@ -7,13 +7,16 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from vla_jax import distributed
@@ -22,6 +25,8 @@ from vla_jax.console import say
 from vla_jax.train import checksums
 from vla_jax.train import workdir as workdirs
 from vla_jax.types import TrainState, UserError
+
+_SOON = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "UNAUTHENTICATED", "PERMISSION_DENIED")  # TensorStore's
 
 
 class Damaged(Exception):
@@ -45,6 +50,7 @@ class Meta:
     productive_s: float = 0.0  # seconds that went into its steps, those of earlier starts included
     started: float = 0.0  # when the run began, in seconds since 1970
     sums: dict[str, int] = dataclasses.field(default_factory=dict)  # checksums of the state's arrays, by path; set by save
+    loss: float | None = None  # held out, where it is known; set by save
 
 
 class Checkpointer:
@@ -57,10 +63,12 @@ class Checkpointer:
     def __init__(self, workdir: str | os.PathLike, train: Train | None = None):
         """train: its `keep`, `keep_every` and `keep_best` say which steps stay; None: for reading only."""
         self.path = workdirs.place(workdir) / "checkpoints"
-        self.failed, self._writing = 0, None
+        self.failed, self._writing, self._losses = 0, None, {}
         logging.getLogger("absl").addFilter(_not_orbax)
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=_kept(train) if train else None,
+            preservation_policy=self._kept(train) if train else None,
+            # a process that cannot write its part leaves the others waiting for it, so long at most
+            async_options=ocp.AsyncOptions(timeout_secs=max(1, round(train.save_timeout_s))) if train else None,
             read_only=train is None,
             create=train is not None,
             cleanup_tmp_directories=train is not None,  # of a process that was killed while it saved
@@ -85,16 +93,16 @@ class Checkpointer:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None) -> None:
-        """metrics: {"loss": held-out loss at this step}, where it is known. Every process calls it. Waits for the step before."""
+    def save(self, step: int, state: TrainState, meta: Meta, loss: float | None = None) -> None:
+        """loss: held out, at this step, where it is known. Every process calls it. Waits for the step before."""
         self.wait()
         if step in self._manager.all_steps():
             return
         tree = _tree(state)
-        told = _sealed(dataclasses.replace(meta, sums=checksums.of(tree)))
+        told, self._losses[step] = _sealed(dataclasses.replace(meta, sums=checksums.of(tree), loss=loss)), loss
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(told))
         self._writing = step
-        self._try(lambda: self._manager.save(step, args=args, metrics=metrics, force=True))
+        self._try(lambda: self._manager.save(step, args=args, force=True))
 
     def wait(self) -> None:
         """Returns when the step that is being written is complete, or has been given up on all processes."""
@@ -117,40 +125,50 @@ class Checkpointer:
         step, self._writing = self._writing, None
         with contextlib.suppress(Exception):  # what it still writes of this step would come back after it is removed
             self._manager.wait_until_finished()
+        here, first = self.path / str(step), next(iter(str(problem).splitlines()), "")
+        if distributed.broadcast_json(distributed.is_main() and _finished(here)):
+            self.failed -= 1  # what failed came after it: Orbax removes old steps in the same breath
+            say(
+                f"checkpoint {here} is written; an older one could not be removed ({type(problem).__name__}: {first[-300:]}): remove it by hand."
+            )
+            self._replace()
+            return
         if distributed.is_main():
-            for left in (*self.path.glob(f"{step}.orbax-checkpoint-tmp*"), self.path / str(step)):
-                if left.exists():
+            for left in (*self.path.glob(f"{step}.orbax-checkpoint-tmp*"), here):
+                with contextlib.suppress(Exception):
                     left.rmtree(missing_ok=True)
         distributed.barrier(f"gave up step {step}")
-        with contextlib.suppress(Exception):
-            self._manager.close()
-        self._manager = (
-            self._open()
-        )  # a new one: of a step whose parts failed each, the old one would raise the second part's error for the next step
-        first = next(iter(str(problem).splitlines()), "")
+        self._replace()
         say(
             f"checkpoint {self.path}/{step} could not be written ({type(problem).__name__}: {first[-300:]}). The run goes on; "
             f"it can be resumed from: {self.steps() or 'its start only'}. Make room there."
         )
 
+    def _replace(self) -> None:
+        """A new manager: of a step whose parts failed each, the old one would raise the second part's error for the next step."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = self._open()
+
     def meta(self, step: int) -> Meta:
         """Raises: UserError when the step is not there, Damaged (on all processes) when it is not what was written."""
         if step not in self._manager.all_steps():
             raise UserError(f"no checkpoint of step {step} in {self.path}; there are: {self.steps() or 'none'}")
-        with self._whole(step):
-            told = json.loads((self.path / str(step) / "meta" / "metadata").read_text())
-            if told.pop("sha256", "none") != _sha256(told):
-                raise ValueError("meta has another checksum, or none")
-            found = Meta(**told)
-        return found
+        return self._whole(step, lambda: self._read(step))
+
+    def _read(self, step: int) -> Meta:
+        told = json.loads((self.path / str(step) / "meta" / "metadata").read_text())
+        if told.pop("sha256", "none") != _sha256(told):
+            raise ValueError("meta has another checksum, or none")
+        return Meta(**told)
 
     def restore(self, step: int, abstract: TrainState, where: TrainState) -> TrainState:
         """The state of a step, each shard read to the device that holds it, on any mesh, in the dtypes of `abstract`. Every process
         calls it. Raises: UserError when shapes differ; Damaged, on all processes, when an array is not what was written."""
         folder, wanted, sums = self.path / str(step) / "state", _tree(abstract), self.meta(step).sums
         reader = ocp.StandardCheckpointHandler()  # the manager's way ends at a barrier, which a process that failed never reaches
-        with self._whole(step):
-            saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in checksums.flatten(reader.metadata(folder).tree).items()}
+        about = self._whole(step, lambda: checksums.flatten(reader.metadata(folder).tree))
+        saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in about.items()}
         shapes = {path: tuple(x.shape) for path, x in checksums.flatten(wanted).items()}
         if differ := sorted(p for p in saved.keys() | shapes.keys() if p not in saved or saved[p][0] != shapes.get(p)):
             has, needs = saved.get(differ[0], ("nothing",))[0], shapes.get(differ[0], "nothing")
@@ -160,22 +178,28 @@ class Checkpointer:
             )
         dtypes = iter([saved[path][1] for path in shapes])
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, next(dtypes), sharding=s), wanted, _tree(where))
-        with self._whole(step):
-            tree = reader.restore(folder, args=ocp.args.StandardRestore(target))
+        tree = self._whole(step, lambda: reader.restore(folder, args=ocp.args.StandardRestore(target)))
         self._verify(step, tree, sums)
         cast = jax.jit(lambda t: jax.tree.map(lambda x, a: x.astype(a.dtype), t, wanted), out_shardings=_tree(where), donate_argnums=0)
         return TrainState(**cast(tree))
 
-    @contextlib.contextmanager
-    def _whole(self, step: int) -> Iterator[None]:
-        """Around a read by every process: what goes wrong on one is Damaged on all, so that none waits for it."""
-        problem = None
-        try:
-            yield
-        except Exception as e:  # a damaged file makes Orbax and TensorStore raise many kinds
-            problem = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')[:200]}"
-        if told := next((t for t in distributed.gather_json(problem) if t), None):
-            raise Damaged(f"checkpoint {self.path}/{step} is damaged, or was not written by vla_jax ({told})")
+    def _whole(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read` returns, on every process. What goes wrong on one is raised on all, so that none waits for it: Damaged; or OSError
+        where storage did not answer, or memory did not suffice, also when asked again: that says nothing about the step."""
+        for pause_s in (1, 5, None):
+            problem, soon, found = None, False, None
+            try:
+                found = read()
+            except Exception as e:  # a damaged file makes Orbax and TensorStore raise many kinds
+                problem, soon = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')[:200]}", _passes(e)
+            told = [t for t in distributed.gather_json([problem, soon]) if t[0]]
+            if not told:
+                return found
+            if damage := next((why for why, passes in told if not passes), None):
+                raise Damaged(f"checkpoint {self.path}/{step} is damaged, or was not written by vla_jax ({damage})")
+            if pause_s is None:
+                raise OSError(f"checkpoint {self.path}/{step} cannot be read now ({told[0][0]}). Start again: the run goes on from it.")
+            time.sleep(pause_s)
 
     def _verify(self, step: int, tree: dict, sums: dict[str, int]) -> None:
         if bad := [path for path, n in checksums.of(tree).items() if n != sums.get(path)]:
@@ -194,11 +218,14 @@ class Checkpointer:
         """All parameters, of those that `weights` says, as host arrays; nothing else is read. Raises: UserError, Damaged."""
         which, sums = self.weights(step, ema), self.meta(step).sums
         folder, reader = self.path / str(step) / "state", ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        with self._whole(step):
+
+        def read() -> dict:
             stored = reader.metadata(folder).item_metadata.tree[which]
             every = lambda x: {which: jax.tree.map(lambda _: x, stored)}
             how = {"restore_args": every(ocp.RestoreArgs(restore_type=np.ndarray)), "partial_restore": True}
-            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(item=every(0), **how))
+            return reader.restore(folder, args=ocp.args.PyTreeRestore(item=every(0), **how))
+
+        tree = self._whole(step, read)
         self._verify(step, tree, {path: n for path, n in sums.items() if path.startswith(f"{which}/")})
         return tree[which]
 
@@ -210,9 +237,38 @@ class Checkpointer:
         distributed.barrier("set aside")
         self._manager.reload()
 
+    def _kept(self, train: Train) -> keep_policy.PreservationPolicy:
+        policies = [keep_policy.LatestN(train.keep)]
+        if train.keep_every:
+            policies.append(keep_policy.EveryNSteps(train.keep_every))
+        if train.keep_best:
+            policies.append(_Best(train.keep_best, self._loss))
+        return keep_policy.AnyPreservationPolicy(policies)
+
+    def _loss(self, step: int) -> float | None:
+        """Held out, at a step of this start or of one before it."""
+        if step not in self._losses:
+            self._losses[step] = None
+            with contextlib.suppress(Exception):  # one that is damaged has none
+                self._losses[step] = self._read(step).loss
+        return self._losses[step]
+
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+@dataclasses.dataclass
+class _Best:
+    """A preservation policy of Orbax: the n steps with the lowest loss. Orbax's own forgets at a restart what it was not told to write down."""
+
+    n: int
+    loss: Callable[[int], float | None]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        losses = {c.step: loss for c in checkpoints if (loss := self.loss(c.step)) is not None and math.isfinite(loss)}
+        best = sorted(losses, key=lambda step: (losses[step], step))[: self.n]
+        return [c.step in best for c in checkpoints]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -220,14 +276,24 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _kept(train: Train) -> keep_policy.PreservationPolicy:
-    policies = [keep_policy.LatestN(train.keep)]
-    if train.keep_every:
-        policies.append(keep_policy.EveryNSteps(train.keep_every))
-    if train.keep_best:
-        loss = lambda metrics: metrics["loss"]
-        policies.append(keep_policy.BestN(get_metric_fn=loss, reverse=True, n=train.keep_best, keep_checkpoints_without_metrics=False))
-    return keep_policy.AnyPreservationPolicy(policies)
+def host_arrays(workdir: str | os.PathLike, step: int) -> dict[str, np.ndarray]:
+    """Everything that a step holds, by path, as it is stored and without a look at checksums."""
+    folder, reader = workdirs.place(workdir) / "checkpoints" / str(step) / "state", ocp.PyTreeCheckpointHandler()
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).tree)
+    return checksums.flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=how)))
+
+
+def _finished(step: epath.Path) -> bool:
+    try:
+        return step.exists() and ocp.utils.is_checkpoint_finalized(step)
+    except Exception:  # of a store, many kinds
+        return False
+
+
+def _passes(problem: Exception) -> bool:
+    """Whether it may be gone when asked again, and says nothing about what was written."""
+    text = str(problem)
+    return isinstance(problem, (ConnectionError, TimeoutError, MemoryError, PermissionError)) or any(word in text for word in _SOON)
 
 
 def _tree(state: TrainState) -> dict:

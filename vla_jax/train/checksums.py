@@ -19,10 +19,10 @@ def _sums(leaves: list) -> list:
 
 
 def _sum(x) -> jax.Array:
-    """u32: the bits of each element, as a number, times an odd number of its place, summed modulo 2^32.
+    """u32: the bits of each element, mixed with its place, summed modulo 2^32.
 
-    An odd factor has an inverse, so any change of one element changes the sum; of several it does but once in 2^32 times. Sums come in
-    any order, so no array has to be gathered.
+    For one place the mixing (MurmurHash3's finaliser) is one to one, so any change of one element changes the sum; of several it does but
+    once in about 2^32 times, whichever bits they are. Sums come in any order, so no array has to be gathered.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -30,7 +30,10 @@ def _sum(x) -> jax.Array:
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(x * (place * jnp.uint32(2654435761 * 2 % 2**32) + 1), dtype=jnp.uint32)
+    x = x ^ (place * jnp.uint32(0x9E3779B1) + jnp.uint32(0x7F4A7C15))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return jnp.sum(x, dtype=jnp.uint32)
 
 
 def of(tree) -> dict[str, int]:

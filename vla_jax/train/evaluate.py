@@ -125,10 +125,10 @@ def summarise(sums: dict, names: tuple[str, ...]) -> dict[str, dict[str, float]]
     return out
 
 
-def loss(found: dict[str, dict]) -> dict[str, float] | None:
-    """What `token_metrics` found -> {"loss": by which the best checkpoints are chosen}: nll and flow loss, the mean over datasets."""
+def loss(found: dict[str, dict]) -> float | None:
+    """What `token_metrics` found -> that by which the best checkpoints are chosen: nll and flow loss, the mean over datasets."""
     each = [of.get("nll", 0.0) for of in found.values()], [of.get("flow", 0.0) for of in found.values()]
-    return {"loss": float(np.mean(np.add(*each)))} if found else None
+    return float(np.mean(np.add(*each))) if found else None
 
 
 def action_unigram_entropy(source: Source, *, chunks: int = 4096) -> dict[str, float]:

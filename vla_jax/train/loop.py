@@ -45,7 +45,9 @@ class Run:
 def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Run:
     """Opens everything and checks that it fits together. Raises: UserError, before a parameter is created."""
     distributed.agree_versions()
-    workdir = workdirs.open_(workdir)
+    with distributed.together("opening the workdir"):
+        workdir = workdirs.open_(workdir)
+    workdirs.check_shared(workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
     sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
@@ -105,11 +107,19 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
     profile: (first, last) step of which a trace is written to workdir/profile. Raises: Interrupted, with everything saved, after SIGTERM or
     SIGINT to any process; UserError, besides what the parts raise, when train.max_skips steps in a row had to be skipped.
     """
-    config, t, names = run.config, run.config.train, run.source.names
+    t = run.config.train
     if profile and profile[0] > t.steps:
         raise UserError(f"--profile={profile[0]}:{profile[1]}: the run has {t.steps} steps (train.steps)")
     began = age()
-    resume.remember(config, run.workdir)
+    with Watch(t.hang_s) as watch:  # from before the first thing that needs all processes
+        return _train(run, watch, began, quiet=quiet, profile=profile)
+
+
+def _train(run: Run, watch: Watch, began: float, *, quiet: bool, profile: tuple[int, int] | None) -> TrainState:
+    config, t, names = run.config, run.config.train, run.source.names
+    watch.beat(0, "looking for a checkpoint, and restoring it or creating the state")
+    with distributed.together("opening the workdir"):
+        resume.remember(config, run.workdir)
     tx, with_ema, main = optim.make(t), t.ema > 0, distributed.is_main()
     abstract, where = state.shardings(run.cfg, tx, run.mesh, with_ema=with_ema)
     checkpoints = Checkpointer(run.workdir, t)
@@ -145,8 +155,7 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
     with (
         jax.set_mesh(run.mesh),
         Interruption() as interruption,
-        Watch(t.hang_s) as watch,
-        checkpoints,  # inside the two before it: its end waits for the last step to be whole
+        checkpoints,  # inside it: its end waits for the last step to be whole
         stream,
         ahead,
         Profile(workdirs.local(run.workdir) / "profile", profile if main else None) as trace,
@@ -189,9 +198,18 @@ def train(run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = No
                 with meter.waiting("checkpoint"):
                     checkpoints.save(now, current, _meta(run, feed.gather_states(after), meter), evaluate.loss(measures))
                     writer.copy()
-            if ends:
+            if ends or now == t.steps:
                 checkpoints.wait()
+            if ends:
                 raise Interrupted(now, t.steps, checkpoints.latest() or 0)
+        if checkpoints.latest() != t.steps:  # once more, and then it is no finished run
+            checkpoints.save(t.steps, current, _meta(run, feed.gather_states(after), meter), evaluate.loss(measures))
+            checkpoints.wait()
+        if checkpoints.latest() != t.steps:
+            raise OSError(
+                f"the last checkpoint could not be written: {run.workdir} holds steps {checkpoints.steps()}, and the run was at {t.steps}. "
+                "Make room there and start again: it goes on from the newest."
+            )
     return current
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
+import time
 from pathlib import Path
 
 from etils import epath
 
-from vla_jax import paths
+from vla_jax import distributed, paths
 from vla_jax.console import say
 from vla_jax.types import UserError
 
@@ -49,6 +51,26 @@ def open_(name: str | os.PathLike) -> epath.Path:
             raise
         raise UserError(f"workdir {found} cannot be made: {e.strerror}. Name a folder that may be written.") from e
     return found
+
+
+def check_shared(found: epath.Path, wait_s: float = 60.0) -> None:
+    """Every process calls it. Raises: UserError on all of them when one does not see what process 0 writes there."""
+    if distributed.process_count() == 1:
+        return
+    file = found / f".shared-{distributed.broadcast_json(secrets.token_hex(8))}"
+    with distributed.together("opening the workdir"):
+        if distributed.is_main():
+            file.write_text("Here for a moment, to see that all processes share this workdir.")
+    with distributed.together("opening the workdir"):
+        until = time.monotonic() + wait_s  # a network's folder may be listed late
+        while not file.exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{found} is not the same place on all hosts: what process 0 wrote there is not here after {wait_s:.0f} s. Name shared storage."
+                )
+            time.sleep(0.2)
+    if distributed.is_main():
+        file.unlink()
 
 
 def is_run(found: epath.Path) -> None:
