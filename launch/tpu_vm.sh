@@ -19,15 +19,21 @@ on_all_workers() { gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker
 
 case "${1-}" in
 create)
-    requested=''
+    requested='' missed=0 why="$(mktemp)"
+    trap 'rm -f "$why"' EXIT
     while :; do
         # What cannot be described is not there; if something else is wrong, `create` says what.
-        state="$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>/dev/null)" || state=''
+        state="$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>"$why")" || state=''
+        [ -z "$state" ] || missed=0
         echo "$(date +%T) $NAME is ${state:-not there}"
         case "$state:$requested" in
         ACTIVE:*) break ;;
         FAILED:1 | SUSPENDED:1) echo "tpu_vm.sh: no slice. Try again, or another zone or type." >&2 && exit 1 ;;
-        :1) ;; # one answer that did not come: ask again
+        :1) # one answer that did not come: ask again, but not for ever
+            cat "$why" >&2
+            missed=$((missed + 1))
+            [ "$missed" -lt 10 ] || exit 1
+            ;;
         FAILED: | SUSPENDED: | :)
             [ -z "$state" ] || gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
             gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \

@@ -167,7 +167,7 @@ def test_xpk_leaves_the_line_to_the_pods_shell(stub):
 
 
 def test_xpk_restarts_by_exit_code(stub):
-    """What launch/README.md says of exit codes: 0 and 2 are final, all others go on. xpk itself adds 42 and 127 to 255."""
+    """What launch/README.md says of exit codes: 0 and 2 are final, all others of ours go on. xpk itself adds 42 and 127 to 255."""
     stub("xpk", 'printf "%s\\n" "$@"')
     out = call(stub, str(LAUNCH / "xpk.sh"), **dict.fromkeys(["CLUSTER", "PROJECT", "ZONE", "IMAGE"], "x")).stdout.splitlines()
     (codes,) = [line.partition("=")[2] for line in out if line.startswith("--restart-on")]
@@ -201,6 +201,7 @@ esac
         ("DELETING none ACTIVE", "describe describe create describe", 0),
         ("none ACCEPTED none ACTIVE", "describe create describe describe describe", 0),  # one answer that did not come
         ("none FAILED", "describe create describe", 1),
+        ("none ACCEPTED", "describe create describe" + " describe" * 10, 1),  # deleted by another, or no login any more
         ("SUSPENDED ACCEPTED FAILED", "describe delete create describe describe", 1),
     ],
 )
