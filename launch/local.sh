@@ -9,8 +9,9 @@
 # GPU: then also set CUDA_VISIBLE_DEVICES, or run one process). Lines are prefixed with the process's number. When one
 # process fails, or on Ctrl-C or SIGTERM, the others get SIGTERM and, VLA_KILL_AFTER_S later, SIGKILL: by default 30 s,
 # and 10 s after a failure, when those left can no longer finish a step.
-# Exit code: the worst (largest) of the processes that ended by themselves. --restarts starts all of them again after a
-# failure, but not after 2, an error of the user's, which would only come again.
+# Exit code: 2 if any process ended with it, an error of the user's, whatever became of its peers; else the worst (largest)
+# of those that ended by themselves. --restarts starts all of them again after a failure, but not after 2, which would
+# only come again.
 set -u
 
 die() {
@@ -80,10 +81,10 @@ run_once() {
             fi
             wait "${pids[i]}"
             code=$?
-            # Once told to stop, a code says how it stopped, not what went wrong.
-            if [ -z "$killed" ] && [ "$code" -ne 0 ]; then
+            # Once told to stop, a code says how it stopped, not what went wrong; but for 2, which no signal gives.
+            if [ "$code" -eq 2 ] || { [ -z "$killed" ] && [ "$code" -ne 0 ]; }; then
                 echo "local.sh: process $i of $count ended with exit code $code" >&3
-                if [ "$code" -gt "$worst" ]; then worst=$code; fi
+                if [ "$worst" -ne 2 ] && { [ "$code" -eq 2 ] || [ "$code" -gt "$worst" ]; }; then worst=$code; fi
             fi
         done
         alive=(${still[@]+"${still[@]}"})

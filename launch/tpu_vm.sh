@@ -2,9 +2,10 @@
 # A Cloud TPU slice of bare VMs, through a queued resource. One step at a time:
 #
 #   export PROJECT=... ZONE=us-west4-a NAME=vla-64 TPU_TYPE=v5litepod-64 RUNTIME=v2-alpha-tpuv5-lite
-#   launch/tpu_vm.sh create              request the slice and wait until it is there (SPOT=1: preemptible and cheaper)
+#   launch/tpu_vm.sh create              request the slice and wait until it is there (SPOT=1: preemptible and cheaper);
+#                                        one that is there stays, one that was taken away or failed is requested anew
 #   launch/tpu_vm.sh install             this commit, with its constraints, on every worker
-#   CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=/mnt/bucket/runs/a VLA_DATA_ROOT=gs://BUCKET/oxe launch/tpu_vm.sh run
+#   CONFIG=configs/oxe_3b.py:size=300m,chips=v5e-64 WORKDIR=gs://BUCKET/runs/a VLA_DATA_ROOT=gs://BUCKET/oxe launch/tpu_vm.sh run
 #   launch/tpu_vm.sh stop                SIGTERM to the run on every worker: it saves a checkpoint and ends
 #   launch/tpu_vm.sh delete              give the slice back; it costs money until then
 #
@@ -18,17 +19,31 @@ on_all_workers() { gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker
 
 case "${1-}" in
 create)
-    gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
-        --accelerator-type="${TPU_TYPE:-v5litepod-64}" --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" \
-        ${SPOT:+--spot}
+    requested='' missed=0 why="$(mktemp)"
+    trap 'rm -f "$why"' EXIT
     while :; do
-        state="$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)')"
-        echo "$(date +%T) $NAME is $state"
-        case "$state" in
-        ACTIVE) break ;;
-        FAILED | SUSPENDED) echo "tpu_vm.sh: no slice. Delete the request and try another zone or type." >&2 && exit 1 ;;
+        # What cannot be described is not there; if something else is wrong, `create` says what.
+        state="$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>"$why")" || state=''
+        [ -z "$state" ] || missed=0
+        echo "$(date +%T) $NAME is ${state:-not there}"
+        case "$state:$requested" in
+        ACTIVE:*) break ;;
+        FAILED:1 | SUSPENDED:1) echo "tpu_vm.sh: no slice. Try again, or another zone or type." >&2 && exit 1 ;;
+        :1) # one answer that did not come: ask again, but not for ever
+            cat "$why" >&2
+            missed=$((missed + 1))
+            [ "$missed" -lt 10 ] || exit 1
+            ;;
+        FAILED: | SUSPENDED: | :)
+            [ -z "$state" ] || gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
+            gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
+                --accelerator-type="${TPU_TYPE:-v5litepod-64}" --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" \
+                ${SPOT:+--spot}
+            requested=1
+            continue
+            ;;
         esac
-        sleep 30
+        sleep 30 # also while one is being taken away (SUSPENDING) or deleted
     done
     ;;
 install)
@@ -39,10 +54,10 @@ install)
     # The TPU images come with Python 3.10, which is too old: uv brings its own 3.12.
     on_all_workers 'set -e; rm -rf vla_jax && mkdir vla_jax && tar -xzf vla_jax.tar.gz -C vla_jax && cd vla_jax
         python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 .venv
-        python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e ".[tpu]"'
+        python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e ".[tpu,gcs]"'
     ;;
 run)
-    : "${CONFIG:?configs/NAME.py}" "${WORKDIR:?a folder on storage that all reach, the same for every worker}"
+    : "${CONFIG:?configs/NAME.py}" "${WORKDIR:?gs://BUCKET/path, or a folder on storage that every worker has mounted}"
     # A TPU VM's environment does not say that there are other workers; "auto" has jax ask the metadata server.
     on_all_workers "$(printf 'CONFIG=%q WORKDIR=%q; export VLA_DATA_ROOT=%q; ' "$CONFIG" "$WORKDIR" "${VLA_DATA_ROOT:-}")"'cd vla_jax && echo $$ >run.pid &&
         export VLA_COORDINATOR=auto PATH="$PWD/.venv/bin:$PATH" && . launch/xla_flags.sh &&

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -75,6 +76,10 @@ def test_tpu_is_left_to_jax(env):
         (VLA | {"VLA_COORDINATOR": "auto"}, ["'auto'", "host:port"]),
         (VLA | {"VLA_COORDINATOR": "10.0.0.1"}, ["10.0.0.1", "host:port"]),
         (VLA | {"VLA_COORDINATOR": "h:99999"}, ["65535"]),
+        (VLA | {"VLA_COORDINATOR": "http://h:80"}, ["http://h:80", "holds / or a space", "host:port"]),
+        (VLA | {"VLA_COORDINATOR": "a b:80"}, ["a b:80", "holds / or a space"]),
+        (VLA | {"VLA_COORDINATOR": " h:80"}, ["holds / or a space"]),
+        (SLURM | {"SLURM_STEP_NODELIST": "n[01"}, ["n[01", "SLURM_STEP_NODELIST"]),
         (VLA | {"VLA_PROCESS_ID": "4"}, ["VLA_PROCESS_ID=4", "0 to 3"]),
         (VLA | {"VLA_PROCESS_ID": "-1"}, ["VLA_PROCESS_ID='-1'"]),
         (VLA | {"VLA_NUM_PROCESSES": "two"}, ["VLA_NUM_PROCESSES='two'"]),
@@ -102,6 +107,58 @@ def test_half_set_variables_are_refused(env, words):
 )
 def test_first_host(nodelist, host):
     assert distributed.first_host(nodelist) == host
+
+
+def expand(parts: list) -> list[str]:
+    """The cross product of a name's parts, a list of numbers in a bracket being (first, last, digits) each; the last runs fastest."""
+    names = [""]
+    for part in parts:
+        numbers = [part] if isinstance(part, str) else [f"{n:0{digits}d}" for first, last, digits in part for n in range(first, last + 1)]
+        names = [name + number for name in names for number in numbers]
+    return names
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["rack", [(0, 1, 1)], "n", [(1, 4, 2)]],
+        ["rack", [(2, 2, 1), (5, 7, 1)], "n", [(10, 12, 3), (1, 1, 3)], "-ib"],
+        [[(1, 2, 1)], [(0, 9, 1)], "x"],
+        ["a", [(1, 2, 1)], "b", [(3, 4, 1)], "c", [(98, 99, 2)]],
+    ],
+)
+@pytest.mark.parametrize("more", ["", ",other", ",other[1-2]n[3,4]"])
+def test_first_host_of_several_brackets(parts, more):
+    ranges = lambda part: ",".join(f"{a:0{d}d}" if a == b else f"{a:0{d}d}-{b:0{d}d}" for a, b, d in part)
+    nodelist = "".join(part if isinstance(part, str) else f"[{ranges(part)}]" for part in parts)
+    assert distributed.first_host(nodelist + more) == expand(parts)[0]
+
+
+def test_other_sources_are_noticed(tmp_path, monkeypatch):
+    """A copy of the package has the same digest; an edit, a rename and a file more have another; a wheel's configs are not part of it."""
+    mine, copy = distributed.sources_digest(), tmp_path / "vla_jax"
+    shutil.copytree(ROOT / "vla_jax", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert len(mine) == 8 and distributed.sources_digest(copy) == mine
+    (copy / "_assets" / "configs").mkdir(parents=True, exist_ok=True)
+    (copy / "_assets" / "configs" / "x.py").write_text("x = 1")
+    assert distributed.sources_digest(copy) == mine
+    seen = {mine}
+    text = (copy / "train" / "loop.py").read_text()
+    for change in (
+        lambda: (copy / "train" / "loop.py").write_text(text + "# x"),
+        lambda: (copy / "train" / "loop.py").rename(copy / "train" / "loops.py"),
+        lambda: (copy / "train" / "more.py").write_text(""),
+    ):
+        change()
+        seen.add(distributed.sources_digest(copy))
+    assert len(seen) == 4
+
+    told = []
+    monkeypatch.setattr(distributed, "gather_json", lambda value: told.append(value) or [value, told[0]])
+    distributed.agree_versions()
+    monkeypatch.setattr(distributed, "sources_digest", lambda: "ab12cd34")
+    with pytest.raises(UserError, match=rf"vla_jax is \S+ \(sources ab12cd34\) on process 0, \S+ \(sources {mine}\) on process 1\."):
+        distributed.agree_versions()
 
 
 def test_one_process_needs_no_peer():

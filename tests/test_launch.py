@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def test_local_restarts_what_a_restart_can_help(stub, tmp_path, code, starts):
     assert done.returncode == code and done.stdout.count("[0] up") == starts
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "sleep 0.$((VLA_PROCESS_ID * 5)); exit $((VLA_PROCESS_ID ? 134 : 2))",
+        "sleep 0.$((VLA_PROCESS_ID * 5)); exit $((VLA_PROCESS_ID ? 2 : 134))",
+        '[ "$VLA_PROCESS_ID" = 0 ] && exit 134; trap "exit 2" TERM; while :; do sleep 0.1; done',
+    ],
+)
+def test_local_keeps_an_error_of_the_users_whatever_becomes_of_its_peers(stub, script):
+    """Before, beside and after the abort of another, even where only its being stopped brings it out; and does not start again."""
+    stub("vla-jax", f"echo up; {script}")
+    done = call(stub, str(LAUNCH / "local.sh"), "-n", "2", "--restarts", "2", "--", "train")
+    assert done.returncode == 2 and done.stdout.count("up") == 2 and "restart" not in done.stderr, done
+
+
 @pytest.mark.parametrize("arguments", [["--", "train"], ["-n", "2"], ["-n", "two", "--", "train"], ["-n"], ["train"]])
 def test_local_refuses_with_2(stub, arguments):
     done = call(stub, str(LAUNCH / "local.sh"), *arguments)
@@ -148,6 +164,73 @@ def test_xpk_leaves_the_line_to_the_pods_shell(stub):
     names = dict.fromkeys(["CLUSTER", "PROJECT", "ZONE", "IMAGE"], "x")
     out = call(stub, str(LAUNCH / "xpk.sh"), "--spot", **names).stdout.splitlines()
     assert f"--command=. launch/xla_flags.sh && {LINE}" in out and "CONFIG=c d.py" in out and out[-1] == "--spot"
+
+
+def test_xpk_restarts_by_exit_code(stub):
+    """What launch/README.md says of exit codes: 0 and 2 are final, all others of ours go on. xpk itself adds 42 and 127 to 255."""
+    stub("xpk", 'printf "%s\\n" "$@"')
+    out = call(stub, str(LAUNCH / "xpk.sh"), **dict.fromkeys(["CLUSTER", "PROJECT", "ZONE", "IMAGE"], "x")).stdout.splitlines()
+    (codes,) = [line.partition("=")[2] for line in out if line.startswith("--restart-on")]
+    assert {1, 75, 124} <= set(map(int, codes.split(","))) <= {1, 75, 124, 134, 137, 143}
+    assert f"--restart-on-exit-codes={codes}" in out
+
+
+# A gcloud whose answers to `describe` are the lines of a file, one a call; "none": there is no resource.
+FAKE_GCLOUD = """
+echo "$4" >>{folder}/calls
+case "$4" in
+describe)
+    state="$(head -n 1 {folder}/states)"; sed -i 1d {folder}/states
+    [ -n "$state" ] && [ "$state" != none ] || {{ echo 'NOT_FOUND' >&2; exit 1; }}
+    echo "$state" ;;
+create) [ ! -e {folder}/there ] || {{ echo ALREADY_EXISTS >&2; exit 1; }}; touch {folder}/there; echo "$*" >{folder}/created ;;
+delete) rm {folder}/there ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "states, calls, code",
+    [
+        ("none ACCEPTED WAITING_FOR_RESOURCES ACTIVE", "describe create describe describe describe", 0),
+        ("ACTIVE", "describe", 0),
+        ("PROVISIONING ACTIVE", "describe describe", 0),
+        ("SUSPENDED ACCEPTED ACTIVE", "describe delete create describe describe", 0),
+        ("FAILED ACTIVE", "describe delete create describe", 0),
+        ("SUSPENDING SUSPENDED ACTIVE", "describe describe delete create describe", 0),
+        ("DELETING none ACTIVE", "describe describe create describe", 0),
+        ("none ACCEPTED none ACTIVE", "describe create describe describe describe", 0),  # one answer that did not come
+        ("none FAILED", "describe create describe", 1),
+        ("none ACCEPTED", "describe create describe" + " describe" * 10, 1),  # deleted by another, or no login any more
+        ("SUSPENDED ACCEPTED FAILED", "describe delete create describe describe", 1),
+    ],
+)
+def test_tpu_vm_requests_a_slice_that_is_not_there(stub, tmp_path, states, calls, code):
+    stub("gcloud", FAKE_GCLOUD.format(folder=tmp_path))
+    stub("sleep", "true")
+    (tmp_path / "states").write_text("".join(f"{s}\n" for s in states.split()))
+    if not states.startswith(("none", "DELETING")):
+        (tmp_path / "there").touch()
+    done = call(stub, str(LAUNCH / "tpu_vm.sh"), "create", PROJECT="p", ZONE="z", NAME="n", SPOT="1", TPU_TYPE="v6e-8")
+    assert done.returncode == code and (tmp_path / "calls").read_text().split() == calls.split(), done
+    if "create" in calls:
+        assert "create n --project=p --zone=z --node-id=n --accelerator-type=v6e-8" in (tmp_path / "created").read_text()
+
+
+def test_tpu_vm_says_why_a_slice_cannot_be_requested(stub, tmp_path):
+    """Nothing can be described, as without a login: `create` fails, and its message is shown."""
+    stub("gcloud", 'echo "please log in to $4" >&2; exit 1')
+    done = call(stub, str(LAUNCH / "tpu_vm.sh"), "create", PROJECT="p", ZONE="z", NAME="n")
+    assert done.returncode == 1 and done.stderr == "please log in to create\n"
+
+
+def test_what_is_installed_can_keep_a_run_at_gs():
+    for name, count in (("Dockerfile", 1), ("tpu_vm.sh", 1), ("skypilot.yaml", 1), ("README.md", 1)):
+        found = re.findall(r"-e [\"']\.\[(.*?)\][\"']", (LAUNCH / name).read_text())
+        assert len(found) == count and all("gcs" in extras.split(",") for extras in found), (name, found)
+    for name in ("Dockerfile", "tpu_vm.sh", "xpk.sh", "jobset.yaml", "skypilot.yaml"):
+        text = (LAUNCH / name).read_text()
+        assert "gs://BUCKET/runs/a" in text and "/mnt/" not in text, name
 
 
 def test_tpu_vm_runs_the_line_on_the_workers(stub, tmp_path):

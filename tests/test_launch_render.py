@@ -31,7 +31,7 @@ def tool(name: str) -> str:
 
 
 def rendered(kind: str, chips: str, **more) -> launch.Launch:
-    options = launch.Options(config=f"configs/oxe_3b.py:size=3b,chips={chips}", workdir="/w/it's", **{**GIVEN, **more})
+    options = launch.Options(config=f"configs/oxe_3b.py:size=3b,chips={chips}", **{"workdir": "gs://b/it's", **GIVEN, **more})
     return launch.render(kind, launch.Machines.of(chips), options)
 
 
@@ -60,7 +60,9 @@ def test_jobsets_are_valid(chips, spot):
     if chips:
         assert job["replicas"] * per_slice == int(chips.partition("-")[2])
         env = {e["name"]: e["value"] for e in container["env"]}
-        assert env["WORKDIR"] == "/w/it's" and env["VLA_DATA_ROOT"] == "gs://b/a b" and env["VLA_RESUMABLE_EXIT"] == str(launch.RESUMABLE)
+        assert (
+            env["WORKDIR"] == "gs://b/it's" and env["VLA_DATA_ROOT"] == "gs://b/a b" and env["VLA_RESUMABLE_EXIT"] == str(launch.RESUMABLE)
+        )
     assert LINE in container["args"][0]
 
 
@@ -126,7 +128,7 @@ def test_slurm_reaches_srun(tmp_path):
     }.items():
         (bin_ / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (bin_ / name).chmod(0o755)
-    made = rendered("slurm", "h200-32", partition="big one")
+    made = rendered("slurm", "h200-32", partition="big one", workdir="/w/it's")
     env = {"PATH": f"{bin_}:{os.environ['PATH']}", "VLA_VENV": str(tmp_path)}
     out = subprocess.run(
         ["bash", "-ec", str(made)], cwd=LAUNCH.parent, env=env, capture_output=True, text=True, check=True, timeout=30
@@ -215,7 +217,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
         ([*line, "--image=i", "--name=A_b", "--dry-run"], "small letters"),
         (["launch", "slurm", spec, "--workdir=/r", "--dry-run"], "is for GPUs"),
         (
-            ["launch", "tpu-vm", "--config=configs/oxe_3b.py:size=3b,chips=v5e-512", "--workdir=/r", "--project=p", "--zone=z"],
+            ["launch", "tpu-vm", "--config=configs/oxe_3b.py:size=3b,chips=v5e-512", "--workdir=gs://b/r", "--project=p", "--zone=z"],
             "makes one slice",
         ),
         (["launch", "local", spec, "--workdir=/r", "--dry-run"], "simulated devices"),
@@ -235,3 +237,118 @@ def test_it_is_really_started(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     made = rendered("jobset", "v5e-64")
     assert launch.run(made) == 7 and "kind: JobSet" in capfd.readouterr().out
+
+
+CHIPS = {
+    "local": "cpu-4",
+    "slurm": "h200-16",
+    "tpu-vm": "v5e-64",
+    "jobset": "v5e-64",
+    "xpk": "v5e-64",
+    "skypilot": "h200-16",
+    "docker": "v5e-64",
+}
+CLOUD = ("tpu-vm", "jobset", "xpk", "skypilot")
+
+
+@pytest.mark.parametrize("kind", launch.KINDS)
+@pytest.mark.parametrize("workdir", ["", " ", "s3://b/x", "file:///x", "gs://", "gs://b", "gs://b/", "gs:///x"])
+def test_a_workdir_that_training_would_not_take_is_refused(kind, workdir):
+    with pytest.raises(UserError, match="is empty" if not workdir.strip() else "a run is kept in"):
+        rendered(kind, CHIPS[kind], workdir=workdir, mounted=True)
+
+
+@pytest.mark.parametrize(
+    "kind, workdir, mounted, says",
+    [
+        *((kind, "gs://b/runs/a", False, "") for kind in launch.KINDS),
+        *((kind, workdir, False, "the machines' own disks") for kind in CLOUD for workdir in ("runs/a", "/mnt/b/a", "~/a", "gs:/b/a")),
+        *((kind, "runs/a", True, "the machines' own disks") for kind in CLOUD),
+        *((kind, "/mnt/b/a", True, "") for kind in CLOUD),
+        ("slurm", "/shared/a", False, ""),
+        ("slurm", "runs/a", False, "an absolute path on storage that every node sees"),
+        ("slurm", "runs/a", True, "an absolute path on storage that every node sees"),
+        ("local", "runs/a", False, ""),
+        ("docker", "/x", False, ""),
+    ],
+)
+def test_a_run_is_not_kept_on_a_disk_that_goes_away(kind, workdir, mounted, says):
+    if says:
+        with pytest.raises(UserError, match=says):
+            rendered(kind, CHIPS[kind], workdir=workdir, mounted=mounted)
+    else:
+        made = rendered(kind, CHIPS[kind], workdir=workdir, mounted=mounted)
+        assert kind == "docker" or workdir in str(made)
+
+
+def test_the_workdir_of_the_command(capsys):
+    line = ["launch", "jobset", "--config=configs/oxe_3b.py:size=3b,chips=v5e-64", "--image=i", "--dry-run"]
+    assert cli.main([*line, "--workdir=runs/a"]) == 2 and "--mounted" in capsys.readouterr().err
+    assert cli.main([*line, "--workdir="]) == 2 and "is empty" in capsys.readouterr().err
+    assert cli.main([*line, "--workdir=/m/a", "--mounted"]) == 0 and "value: /m/a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "image, good",
+    [
+        ("vla-jax", True),
+        ("europe-west4-docker.pkg.dev/my-project/repo/vla-jax:v1.2_3", True),
+        ("localhost:5000/a/b__c:latest", True),
+        ("ghcr.io/o/x@sha256:" + "0a" * 32, True),
+        ("ghcr.io/o/x:1@sha256:" + "0a" * 32, True),
+        ("REGION-docker.pkg.dev/PROJECT/REPOSITORY/vla-jax:TAG", False),
+        ("a b", False),
+        ("x:", False),
+        ("x:a:b", False),
+        ("https://ghcr.io/o/x", False),
+        ("/x", False),
+        ("x/", False),
+        ("--force", False),
+        ("x\n", False),
+        ("x@sha256:12", False),
+    ],
+)
+def test_images(image, good):
+    if good:
+        assert image in str(rendered("jobset", "v5e-64", image=image))
+    else:
+        with pytest.raises(UserError, match="names no image"):
+            rendered("jobset", "v5e-64", image=image)
+
+
+def test_restarts_are_not_negative():
+    with pytest.raises(UserError, match="--restarts=-1"):
+        rendered("jobset", "v5e-64", restarts=-1)
+    assert "maxRestarts: 0" in rendered("jobset", "v5e-64", restarts=0).files["jobset.yaml"]
+
+
+@pytest.mark.parametrize("there", ["a template", "of the user's", "empty", "a folder", "a link to nowhere"])
+def test_files_of_others_are_not_written_over(tmp_path, monkeypatch, there):
+    (tmp_path / "kubectl").write_text("#!/bin/sh\ntouch called\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "jobset.yaml"
+    texts = {"a template": (LAUNCH / "jobset.yaml").read_text(), "of the user's": "kind: JobSet\n", "empty": ""}
+    if there in texts:
+        file.write_text(texts[there])
+    elif there == "a folder":
+        file.mkdir()
+    else:
+        file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="jobset.yaml is there, and launch did not write it"):
+        launch.run(rendered("jobset", "v5e-64"))
+    assert not (tmp_path / "called").exists() and not (tmp_path / "nowhere").exists()
+    assert there not in texts or file.read_text() == texts[there]
+
+
+def test_files_of_ours_are_written_over(tmp_path, monkeypatch):
+    for name in ("kubectl", "sky"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    for kind, chips in (("jobset", "v5e-64"), ("skypilot", "h200-16")):
+        assert launch.run(rendered(kind, chips, name="one")) == 0 and launch.run(rendered(kind, chips, name="two")) == 0
+        first, *rest = (tmp_path / f"{kind}.yaml").read_text().splitlines()
+        assert first.startswith("# rendered by vla-jax launch") and "two" in "".join(rest) and "name: one" not in "".join(rest)

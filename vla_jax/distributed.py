@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import paths
@@ -98,6 +99,8 @@ def _number(env: Mapping[str, str], key: str, low: int = 0) -> int:
 
 def _numbered(source: str, coordinator: str, env: Mapping[str, str], count_key: str, index_key: str) -> Cluster:
     host, _, port = coordinator.rpartition(":")
+    if re.search(r"[/\s]", host):
+        raise UserError(f"Coordinator {coordinator!r} (from {source}) holds / or a space: write host:port alone, such as 10.0.0.1:8476.")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(
             f"Coordinator {coordinator!r} (from {source}) is not host:port with a port of 1 to 65535. Give "
@@ -110,8 +113,11 @@ def _numbered(source: str, coordinator: str, env: Mapping[str, str], count_key: 
 
 
 def first_host(nodelist: str) -> str:
-    """`gpu[003-010,12]-ib,login` -> `gpu003-ib`."""
-    return re.sub(r"^([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*).*", r"\1\2\3", nodelist)
+    """`rack[0-1]n[003-010,12]-ib,login` -> `rack0n003-ib`. Raises: UserError for a bracket that does not end."""
+    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])*", nodelist)[0]  # up to a comma outside brackets
+    if not first or nodelist[len(first) :][:1] not in ("", ","):
+        raise UserError(f"the list of nodes {nodelist!r} (SLURM_STEP_NODELIST) cannot be read; set VLA_COORDINATOR and its like instead.")
+    return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", first)
 
 
 def initialize(*, timeout_s: float = 300) -> str:
@@ -239,20 +245,34 @@ def agree(name: str, digest: str) -> None:
 PACKAGES = ("vla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "sentencepiece")
 
 
+def sources_digest(package: Path = Path(__file__).parent) -> str:
+    """Of all that is ours and runs: the version stays the same from commit to commit. configs/ of a wheel is not part of it, since the config itself
+    is agreed."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if not name.startswith("_assets/"):
+            data = path.read_bytes()
+            digest.update(f"{name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:8]
+
+
 def agree_versions() -> None:
-    """Every process must run the same versions of Python and of PACKAGES. Raises: UserError, on all of them, naming what differs."""
+    """Every process must run the same versions of Python and of PACKAGES, and the same sources of ours. Raises: UserError, on all of them,
+    naming what differs."""
     from importlib import metadata
 
     held = {"python": "{}.{}".format(*sys.version_info)}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             held[name] = metadata.version(name)
+    held["vla_jax"] = f"{held.get('vla_jax', 'not installed')} (sources {sources_digest()})"
     told = gather_json(held)
     names = sorted({name for of in told for name in of if len({other.get(name) for other in told}) > 1})
     if names:
         says = lambda name: ", ".join(f"{told[i].get(name, 'missing')} on process {i}" for i in _one_of_each([of.get(name) for of in told]))
         raise UserError(
-            f"the processes run different software: {'; '.join(f'{name} is {says(name)}' for name in names)}. Install the same constraints.txt on all."
+            f"the processes run different software: {'; '.join(f'{name} is {says(name)}' for name in names)}. Install the same commit with its constraints.txt on all."
         )
 
 

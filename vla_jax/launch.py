@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import shutil
@@ -18,9 +19,15 @@ from vla_jax import hardware, paths
 from vla_jax.config import Config
 from vla_jax.types import UserError
 
+RENDERED = b"# rendered by vla-jax launch"  # how the files begin that may be written over
 RESUMABLE = 75  # exit code of a run that saved itself on request, where the restarter must tell it from a finished one
 _HOST = {"cpu": 2, "v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4, "a100": 8, "h100": 8, "h200": 8, "b200": 8}  # chips of one
 _GKE = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
+# HOST/path/name:TAG@DIGEST, of which all but the last name may be missing
+_IMAGE = re.compile(
+    r"([a-zA-Z0-9]([-.a-zA-Z0-9]*[a-zA-Z0-9])?(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
+    r"(:[a-zA-Z0-9_][-.a-zA-Z0-9_]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,})?"
+)
 _RUNTIME = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e", "tpu7x": "v2-alpha-tpu7-ubuntu2404"}
 
 
@@ -114,6 +121,7 @@ class Options:
     cluster: str = ""
     partition: str = ""
     spot: bool = False
+    mounted: bool = False
     restarts: int = 100
 
 
@@ -126,6 +134,7 @@ SAYS = {
     "cluster": "GKE cluster (xpk)",
     "partition": "Slurm partition",
     "spot": "machines that may be taken away, and are cheaper (tpu-vm, jobset, xpk, skypilot)",
+    "mounted": "the workdir is storage that the machines or the image have mounted; nothing here mounts it",
     "restarts": "after failures, at most; where the launcher can tell, being taken away does not count (default: 100)",
 }
 
@@ -150,6 +159,11 @@ def render(kind: str, machines: Machines, options: Options) -> Launch:
         raise UserError(f"launch {kind} needs {', '.join(missing)}")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", options.name):
         raise UserError(f"--name={options.name}: small letters, digits and -, at most 40, the first a letter: it becomes a host's name")
+    if options.restarts < 0:
+        raise UserError(f"--restarts={options.restarts}: 0 or more")
+    if options.image and not _IMAGE.fullmatch(options.image):
+        raise UserError(f"--image={options.image} names no image: write HOST/path/name:TAG, the path in small letters, without spaces")
+    _check_workdir(kind, options)
     if kind in ("tpu-vm", "jobset", "xpk") and not machines.tpu:
         raise UserError(f"launch {kind} is for TPUs, and {machines.kind} is none: slurm and skypilot are for GPUs, too")
     if (kind == "local") != (machines.kind == "cpu"):
@@ -163,14 +177,36 @@ def render(kind: str, machines: Machines, options: Options) -> Launch:
     return KINDS[kind](machines, options)
 
 
+def _check_workdir(kind: str, o: Options) -> None:
+    """Machines of a cloud have a disk of their own, which goes with them: what is on it is no run. Raises: UserError."""
+    wrong = f"launch {kind} --workdir={o.workdir}"
+    if not o.workdir.strip():
+        raise UserError(f"{wrong} is empty: say where the run is kept, such as gs://BUCKET/runs/a")
+    if "://" in o.workdir:  # what train.workdir.place takes
+        if not re.fullmatch(r"gs://[^/\s]+/+[^/].*", o.workdir):
+            raise UserError(f"{wrong}: a run is kept in a folder or at gs://BUCKET/path; another store must be mounted as a folder")
+        return
+    absolute = o.workdir.startswith("/")
+    if kind in ("jobset", "xpk", "tpu-vm", "skypilot") and not (o.mounted and absolute):
+        raise UserError(
+            f"{wrong} would be on the machines' own disks, which go with them: give gs://BUCKET/path, "
+            "or --mounted with an absolute path on storage that the machines or the image have mounted"
+        )
+    if kind == "slurm" and not absolute:
+        raise UserError(f"{wrong}: give an absolute path on storage that every node sees, or gs://BUCKET/path")
+
+
 def run(launch: Launch) -> int:
     """Does it in the current folder, where its files are written; the exit code. Raises: UserError when a program that it needs is not
-    there."""
+    there, or a file is there that is not ours to write over."""
     wanted = {line.split()[0] for line in launch.commands} - {"export"}
     if missing := sorted(word for word in wanted if not shutil.which(word) and not (Path(word).exists())):
         raise UserError(
             f"{', '.join(missing)} is not here: install it and be in the repository's folder, or take what --dry-run prints elsewhere"
         )
+    for name in launch.files:
+        if os.path.lexists(name) and not (Path(name).is_file() and Path(name).read_bytes().startswith(RENDERED)):
+            raise UserError(f"{Path(name).absolute()} is there, and launch did not write it: move it, or call launch in another folder")
     for name, text in launch.files.items():
         Path(name).write_text(text)
     return subprocess.run(["bash", "-ec", "\n".join(launch.commands)], check=False).returncode
@@ -260,14 +296,15 @@ def _template(name: str) -> dict:
 
 
 def _dump(made: dict) -> str:
-    """YAML, in which scripts are blocks."""
+    """YAML, in which scripts are blocks; its first line says that it is ours."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
         pass
 
     Dumper.add_representer(str, lambda d, x: d.represent_scalar("tag:yaml.org,2002:str", x, style="|" if "\n" in x else None))
-    return yaml.dump(made, Dumper=Dumper, sort_keys=False, width=140)
+    first = f"{RENDERED.decode()}, which writes over it: take this line out to keep what you change\n"
+    return first + yaml.dump(made, Dumper=Dumper, sort_keys=False, width=140)
 
 
 KINDS = {"local": _local, "slurm": _slurm, "tpu-vm": _tpu_vm, "jobset": _jobset, "xpk": _xpk, "skypilot": _skypilot, "docker": _docker}
