@@ -10,7 +10,7 @@ import jax
 from vla_jax import config as configs
 from vla_jax import sharding
 from vla_jax.config import Config
-from vla_jax.data import cards, source, stats
+from vla_jax.data import cards, source
 from vla_jax.data.source import Source
 from vla_jax.deploy import export, policy
 from vla_jax.models import vla
@@ -36,13 +36,12 @@ def run(config: Config, folder: str | Path, *, frames: int, where: str = "config
     mesh = sharding.make_mesh(own.mesh.data, own.mesh.fsdp, own.mesh.tensor, where=where)
     sharding.check_batch(own.pack.rows, mesh, where=where)
     mix, indexes = source.open_indexes(own)
-    numbers = {raw["name"]: stats.from_json(s) for raw, s in zip(body["cards"], body["stats"])}
     for ix in indexes:
         _check(ix.card, found, folder)
     opened = Source.make(
         own,
         indexes,
-        [numbers[ix.card.name] for ix in indexes],
+        [found[ix.card.name].stats for ix in indexes],
         one.layout,
         weights=[1.0] * len(indexes),
         held_out=own.data.holdout > 0,

@@ -19,6 +19,7 @@ import numpy as np
 from vla_jax.sims import experts, instructions
 from vla_jax.sims.adapter import GymEnv, Mapping
 from vla_jax.tabletop.env import ROBOTS, TabletopEnv
+from vla_jax.tabletop.robots import IMAGE_KEYS
 from vla_jax.types import UserError
 
 PIXELS = 224  # of the pictures of MetaWorld and robosuite
@@ -82,11 +83,10 @@ class _Tabletop:
 
 
 def _tabletop(robot: str) -> tuple[Any, Mapping]:
-    keys = {"base": "observation/image", "wrist": "observation/wrist_image"}
     env = _Tabletop(robot)
     return env, Mapping(
         numbers=lambda env, seen: {"observation/state": seen["state"]},
-        pictures=lambda env: {keys[view]: x for view, x in env.world.observe()["images"].items()},
+        pictures=lambda env: {f"observation/{IMAGE_KEYS[view]}": x for view, x in env.world.observe()["images"].items()},
         success=lambda env, info: env.world.success,
         prompt=lambda env: env.world.prompt,
         expert=lambda env, seen, rng: env.world.expert_action(),

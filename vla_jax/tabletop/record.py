@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from vla_jax.data import write
 from vla_jax.tabletop.env import EVAL_SEED, IMAGE_SIZE, ROBOTS, TabletopEnv
-from vla_jax.tabletop.robots import Robot
+from vla_jax.tabletop.robots import IMAGE_KEYS, Robot
 from vla_jax.tabletop.world import ANY, COLOURS, GOALS, SIDES, Drawn
 
 VERSION = "1.0.0"
-IMAGE_KEYS = {"base": "image", "wrist": "wrist_image", "side": "side_image"}
 EPISODES_MAX = 10_000  # a recording's robots and episodes get seeds of their own below EVAL_SEED
 SEEDS_MAX = EVAL_SEED // (EPISODES_MAX * len(ROBOTS))
 DISTURBED = 0.7  # share of the episodes in which something pushes the robot

@@ -14,6 +14,7 @@ import numpy as np
 
 from vla_jax.tabletop.world import REACH_LIMIT
 
+IMAGE_KEYS = {"base": "image", "wrist": "wrist_image", "side": "side_image"}  # what a view is called under observation/ in a recording
 SLIDER_MAX = 0.12  # m a step
 ARM_MAX = 0.20  # rad a step
 BIMANUAL_MAX = 0.03  # m a step
