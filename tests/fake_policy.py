@@ -32,10 +32,14 @@ class FakePolicy:
             "action": {"steps": self.steps, "dims": [vars(d) for d in self.card.action.dims]},
         }
 
-    def prefix(self, observation):
-        return 32
+    def lengths(self, *, lag, instruction):
+        return range(32, 32 + instruction + 1, 32)
 
-    def act(self, observations, *, malformed="repair"):
+    def tokens(self, observation):
+        """One a character."""
+        return 10 + len(observation["prompt"]), len(observation["prompt"])
+
+    def act(self, observations, *, malformed="repair", length=0):
         assert threading.current_thread().name == "model"
         if observations[0]["prompt"].startswith("block"):  # warming up
             return [(np.zeros((self.steps, len(self.card.action.dims)), np.float32), True)] * len(observations)

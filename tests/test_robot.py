@@ -177,10 +177,10 @@ def test_the_page_s_program_refuses_another_robot_and_a_server_that_is_gone(serv
 
 
 @needs_serve
-def test_what_is_sent_is_what_the_policy_says_and_new_lengths_are_counted(served, exported):
+def test_what_is_sent_is_what_the_policy_says_and_nothing_is_compiled_for_it(served, exported):
     from urllib.request import urlopen
 
-    from vla_jax.deploy.client import Client
+    from vla_jax.deploy.client import Client, ServerError
 
     metrics = lambda: urlopen(served.replace("ws:", "http:") + "/metrics").read().decode()
     with Client(served, timeout_s=60) as client:
@@ -190,8 +190,16 @@ def test_what_is_sent_is_what_the_policy_says_and_new_lengths_are_counted(served
             np.testing.assert_allclose(reply["actions"], limited(robot, robot.act([seen])[0][0]), atol=1e-5)
             assert set(reply["limits"]) == {"range", "rate", "of", "dims", "unanchored"}
         assert "vla_compiled_while_serving" not in metrics()  # what was usual had been compiled for
-        client.act({**seen, "robot": name, "prompt": "push the block " * 40})
-        assert re.search(r"vla_compiled_while_serving_total [1-9]", metrics())
+        assert client.metadata["robots"][name]["prompt_tokens"] == 64 and "64 tokens" in client.metadata["robots"][name]["spec"]["prompt"]
+        count = lambda said: len(robot.layout.text.encode(said.strip()))
+        said = [("push " * words).strip() for words in range(65)]
+        for prompt in (p for p in said if count(p) <= 64):  # every length that is taken
+            client.act({**seen, "robot": name, "prompt": prompt})
+        for prompt in ("push " * 150, "block " * 333, "a" * 4096):  # and none beyond
+            with pytest.raises(ServerError, match=rf"has {count(prompt)} tokens, and \d+ in all precede the actions; .* of 64 ") as caught:
+                client.act({**seen, "robot": name, "prompt": prompt})
+            assert caught.value.code == "observation"
+        assert "vla_compiled_while_serving" not in metrics()
 
 
 @needs_serve
@@ -206,7 +214,7 @@ def test_the_load_test_in_short(exported, capsys, tmp_path):
     assert load["requests"] == 400 == load["answered"] + load["refused"] and load["lost"] == load["different"] == 0
     assert (
         40 <= load["refused"] <= 130 and len([k for k in load["outcomes"] if k.startswith("refused: ")]) >= 6
-    )  # 80 expected, of nine kinds
+    )  # 80 expected, of ten kinds
     assert 0 < load["p50_ms"] <= load["p90_ms"] <= load["p99_ms"] <= load["max_ms"] and load["outcomes"]["batched"] > 0
     assert load["rss_mb"]["last_quarter"] < load["rss_mb"]["before"] * 1.25 + 50
 

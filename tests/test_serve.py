@@ -161,6 +161,10 @@ def test_openpis_client(arm):
         (lambda o: o.update(state=np.array([True, False, True])), "state must be numbers"),
         (lambda o: o.update(prompt=b"push"), "prompt must be text"),
         (lambda o: o.update(prompt="x" * 5000), "prompt must be text of at most 4096"),
+        (
+            lambda o: o.update(prompt="x" * 87),
+            r"the instruction has 87 tokens, and 97 in all precede the actions; this server takes instructions of 64 \(--prompt-tokens\), and 96",
+        ),
         (lambda o: o.update(last_action=np.zeros(2)), r"last_action must have shape \[3\] \(dq1, dq2, gripper\)"),
         (lambda o: o.update(robot="r2d2"), "robot 'r2d2' is not served; name one of tabletop_arm"),
         (lambda o: o.update(robot=["a"]), "is not served"),
@@ -303,7 +307,7 @@ def test_paths_origins_and_robots(arm):
 
 def test_ready_only_when_warm():
     policy, warm = FakePolicy(), threading.Event()
-    policy.prefix = lambda o: warm.wait(20) and 32
+    policy.lengths = lambda **_: warm.wait(20) and range(32, 97, 32)
     with running({"tabletop_arm": served(policy)}) as here:
         assert here.get("/healthz")[:2] == (503, "warming up\n") and "vla_ready 0" in here.get("/metrics")[1]
         with pytest.raises(TimeoutError, match="no connection"):
@@ -321,7 +325,7 @@ def test_ready_only_when_warm():
 def test_it_ends_while_warming_up():
     """And no thread of it goes on compiling."""
     policy = FakePolicy()
-    policy.act = lambda observations, malformed: time.sleep(0.3) or [None] * len(observations)
+    policy.act = lambda observations, **_: time.sleep(0.3) or [None] * len(observations)
     with running({"tabletop_arm": served(policy)}, max_batch=1024) as here:
         assert here.get("/healthz")[0] == 503
         started = time.monotonic()
@@ -331,7 +335,7 @@ def test_it_ends_while_warming_up():
 
 def test_a_warm_up_that_fails_ends_the_server():
     policy = FakePolicy()
-    policy.prefix = lambda o: 1 / 0
+    policy.lengths = lambda **_: 1 / 0
     server = serve.Server({"tabletop_arm": served(policy)}, serve.Settings(port=0))
     with pytest.raises(ZeroDivisionError):
         asyncio.run(server.run())

@@ -162,8 +162,9 @@ def _wrong(link: Client, seen: dict, rng: np.random.Generator) -> str:
         ("not finite", wire.pack({**seen, "state": np.full_like(seen["state"], np.nan)}), "observation"),
         ("robot", wire.pack({**seen, "robot": "r2d2"}), "observation"),
         ("object array", wire.pack({"state": {b"__ndarray__": True, b"data": b"x", b"dtype": "|O", b"shape": [1]}}), "malformed"),
+        ("prompt too long", wire.pack({**seen, "prompt": "push it " * int(rng.integers(100, 500))}), "observation"),
         ("cut short", wire.pack(seen)[: int(rng.integers(1, 400))], "malformed"),
-    ][int(rng.integers(9))]
+    ][int(rng.integers(10))]
     try:
         answer = link.exchange(message, timeout_s=120)
     except (TimeoutError, OSError) as e:

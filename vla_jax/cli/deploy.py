@@ -30,6 +30,14 @@ def add(commands) -> None:
         limits.add_argument(
             "--max-step", action="append", default=[], type=_pair, metavar="DIM=X", help="most change a step, in the robot's units"
         )
+    for p in (serve, spec):
+        p.add_argument(
+            "--prompt-tokens",
+            type=positive,
+            default=64,
+            metavar="N",
+            help="of the longest instruction that is served; longer ones are refused (default: 64, some 24 English words or more)",
+        )
     for p in (spec, dry):
         p.add_argument("--robot", default="", help="of several in the export")
     for p in (serve, dry):
@@ -90,6 +98,8 @@ def _limits(args):
 
 
 def _serve(args) -> int:
+    from vla_jax import distributed
+
     try:
         from vla_jax.deploy import serve, served
     except ModuleNotFoundError as e:
@@ -98,8 +108,10 @@ def _serve(args) -> int:
         raise UserError(f"--timeout-s is {args.timeout_s:g}; give seconds above 0 and below 3600")
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(serve.Settings)}
     token, limit = serve.read_token(args.token_file), _limits(args)
+    distributed.keep_compiled()
     names = {view: tuple(keys.split("+")) for view, keys in args.key}
-    robots = served.load(args.export, robots=args.robots, head=args.head, malformed=args.malformed, names=names, limit=limit)
+    how = {"malformed": args.malformed, "names": names, "limit": limit, "prompt_tokens": args.prompt_tokens}
+    robots = served.load(args.export, robots=args.robots, head=args.head, **how)
     return serve.run(robots, serve.Settings(**fields), token)
 
 
@@ -110,18 +122,20 @@ def _spec(args) -> int:
     if args.robot and args.robot not in found:
         raise UserError(f"robot {args.robot!r} is not in {args.export}; it has: {', '.join(found)}")
     shown = [found[args.robot]] if args.robot else list(found.values())
-    print("\n\n".join(sheet.text(p, served.limits_of(p, limit) if limit else None) for p in shown))
+    print("\n\n".join(sheet.text(p, served.limits_of(p, limit) if limit else None, prompt_tokens=args.prompt_tokens) for p in shown))
     return 0
 
 
 def _dry_run(args) -> int:
     import numpy as np
 
+    from vla_jax import distributed
     from vla_jax.deploy import observation, policy, served, sheet
 
     out = Path(args.out).expanduser()
     if out.suffix != ".svg" or not out.absolute().parent.is_dir():
         raise UserError(f"--out is {args.out}; it must end in .svg and lie in a folder that exists")
+    distributed.keep_compiled()
     limit, robot = _limits(args), policy.Policy.load(args.export, robot=args.robot, head=args.head)
     try:
         state = np.array([float(x) for x in args.state.split(",")], np.float32)

@@ -50,6 +50,10 @@ def of(message: Mapping, policy, names: Mapping[str, tuple[str, ...]]) -> dict:
             out["images"][name] = _picture(found, name)
         elif not lag:
             raise Unfit(f"there is no picture of {name!r}: send it as images[{name!r}] or as one of {', '.join(keys)}")
+    for lag in range(1, policy.history):  # of no step some: each number of pictures is a shape of its own to the model
+        of = [f"{view}@-{lag}" for view in policy.views]
+        if 0 < len(there := [name for name in of if name in out["images"]]) < len(of):
+            raise Unfit(f"of a step before now send all pictures ({', '.join(of)}) or none, got {', '.join(there)}")
     out["state"] = _state(message, policy, names.get("state", ()))
     spare -= {"observation/state", *names.get("state", ())}
     if not isinstance(out["prompt"], str) or len(out["prompt"]) > _LONGEST:

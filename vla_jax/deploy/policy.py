@@ -17,11 +17,11 @@ from vla_jax.data.stats import Normalizer
 from vla_jax.deploy import export
 from vla_jax.deploy.trained import Robot, model_config
 from vla_jax.models import presets, vla
-from vla_jax.models.act import Actor, Request, padded
+from vla_jax.models.act import MULTIPLE, Actor, Request, padded
 from vla_jax.models.decode import GREEDY, Sampling
 from vla_jax.tokens import files, text
 from vla_jax.tokens.actions import MALFORMED
-from vla_jax.tokens.sequence import Embodiment, Layout
+from vla_jax.tokens.sequence import Embodiment, Layout, Prompt
 from vla_jax.types import Stats, UserError
 
 
@@ -58,16 +58,30 @@ class Policy:
         """What to send and what comes back, for people and for checks."""
         return Robot(self.card, {}, self.views, self.steps, self.image_size, self.history).spec()
 
-    def prefix(self, observation: dict) -> int:
-        """How many tokens precede the actions, padded: a model is compiled once per such length and batch size."""
-        r = self._request(observation)
-        return padded(len(self.layout.prefix(images=len(r.images), prompt=r.prompt)))
+    def tokens(self, observation: dict) -> tuple[int, int]:
+        """(how many precede the actions, how many of them are the instruction's); those that tokens.limit cuts count, too."""
+        prompt, images = self._prompt(observation, self._state(observation)), len(observation["images"])
+        before = len(self.layout.prefix(images=images, prompt=prompt)) + self.layout.cut(images=images, prompt=prompt)
+        return before, len(self.layout.text.encode(prompt.task))
 
-    def act(self, observations: list[dict], *, malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
+    def lengths(self, *, lag: int, instruction: int) -> range:
+        """The padded lengths of prefixes with pictures of `lag` steps before now, and instructions of up to so many tokens: a model is
+        compiled once for each and for each batch size."""
+        images, layout, dims = (lag + 1) * len(self.views), self.layout, self.history * len(self.card.state.dims)
+        # a state in the prompt has more or fewer tokens; one that needs less than this is padded, one that needs more takes from the room
+        empty = [layout.prompt(self._who(), "", np.full(dims, x, np.float32)) for x in (-1, 0, 1)]
+        before = [len(layout.prefix(images=images, prompt=p)) for p in empty]
+        first, last = padded(min(before)), padded(max(before) + instruction)
+        if layout.limit:  # of the text
+            last = min(last, padded(images * layout.tokens_per_image + (layout.state == "continuous") + layout.limit))
+        return range(first, max(first, last) + 1, MULTIPLE)
+
+    def act(self, observations: list[dict], *, malformed: str = "repair", length: int = 0) -> list[tuple[np.ndarray, bool]]:
         """Each {"images": {view: u8[h w 3]}, "state": f32[s] (with a history of t steps f32[t s]), "prompt": str} -> (actions f32[steps a], well formed).
 
         malformed: what comes back where the tokens are no chunk: repair (the nearest one), hold ("last_action" f32[a] of the
-        observation, in robot units, repeated) or raise. Binary dimensions come back as exactly 0 or 1.
+        observation, in robot units, repeated) or raise. Binary dimensions come back as exactly 0 or 1. length: prefixes are padded to at
+        least so many tokens, where there shall be few shapes to compile.
         Raises: ValueError naming what was expected; tokens.actions.MalformedTokens.
         """
         hold = malformed == "hold"
@@ -83,7 +97,7 @@ class Policy:
                 )
         binary = np.array([d.kind == "binary" for d in self.card.action.dims])
         out = []
-        for (chunk, valid), held in zip(self.actor(requests, malformed="repair" if hold else malformed), last):
+        for (chunk, valid), held in zip(self.actor(requests, malformed="repair" if hold else malformed, length=length), last):
             # what is held is the action itself, not what normalising leaves of it
             chunk = np.broadcast_to(held, chunk.shape) if hold and not valid else self.action.denormalize(chunk)
             out.append((np.where(binary, chunk > 0.5, chunk).astype(np.float32), valid))
@@ -101,12 +115,7 @@ class Policy:
         missing += [f"images[{v!r}]" for v in self.views if v not in observation.get("images", {})]
         if missing:
             raise ValueError(f"observation lacks {', '.join(missing)}; expected: {self.spec()}")
-        state = np.asarray(observation["state"], np.float32)
-        dims = len(self.card.state.dims)
-        if state.shape not in ((self.history, dims), (dims,) if self.history == 1 else ()) or not np.isfinite(state).all():
-            raise ValueError(
-                f"state must be {len(self.card.state.dims)} finite numbers ({', '.join(d.name for d in self.card.state.dims)}), got shape {state.shape}"
-            )
+        state = self._state(observation)
         pixels = []
         names = [sample.lagged(v, lag) for lag in range(self.history - 1, -1, -1) for v in self.views]
         for view in (n for n in names if n in observation["images"]):  # steps before the start have no pictures
@@ -114,12 +123,27 @@ class Policy:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"image {view!r} must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
             pixels.append(images.resize(image, self.image_size, self.resize))
-        state, dims = self.state.normalize(state).reshape(-1), self.card.action.dims
+        return Request(pixels, state, self._prompt(observation, state), self.steps, len(self.card.action.dims))
+
+    def _state(self, observation: dict) -> np.ndarray:
+        """f32[history * s] normalised."""
+        state = np.asarray(observation["state"], np.float32)
+        dims = len(self.card.state.dims)
+        if state.shape not in ((self.history, dims), (dims,) if self.history == 1 else ()) or not np.isfinite(state).all():
+            raise ValueError(
+                f"state must be {len(self.card.state.dims)} finite numbers ({', '.join(d.name for d in self.card.state.dims)}), got shape {state.shape}"
+            )
+        return self.state.normalize(state).reshape(-1)
+
+    def _who(self) -> Embodiment:
+        return Embodiment(self.card.name, self.card.control_hz, self.steps, self.card.action.dims)
+
+    def _prompt(self, observation: dict, state: np.ndarray) -> Prompt:
+        """state: f32[history * s] normalised."""
         if not isinstance(observation["prompt"], str):
             raise ValueError(f"prompt must be text, got {observation['prompt']!r}")
         said = observation["prompt"].encode("utf-8", "replace").decode()  # half a character would end in SentencePiece
-        prompt = self.layout.prompt(Embodiment(self.card.name, self.card.control_hz, self.steps, dims), said, state)
-        return Request(pixels, state, prompt, self.steps, len(dims))
+        return self.layout.prompt(self._who(), said, state)
 
 
 def load_all(folder: str | Path, *, head: str = "", mesh=None, sampling: Sampling = GREEDY) -> dict[str, Policy]:

@@ -202,7 +202,10 @@ class Server:
         await asyncio.wait_for(connection.send(message), self.settings.timeout_s)
 
     def _metadata(self, named: str) -> dict:
-        made = {n: {"spec": r.policy.spec(), "limits": r.limits.describe() if r.limits else None} for n, r in self.robots.items()}
+        made = {
+            n: {"spec": r.spec(), "limits": r.limits.describe() if r.limits else None, "prompt_tokens": r.prompt_tokens}
+            for n, r in self.robots.items()
+        }
         shown = {named: made[named]} if named else made
         return {
             "server": "vla_jax",
@@ -229,7 +232,7 @@ class Server:
             return _error("malformed", str(e)), "malformed", name
         except observation.Unfit as e:
             return (
-                _error("observation", str(e), self.robots[name].policy.spec() if name else {"robots": list(self.robots)}),
+                _error("observation", str(e), self.robots[name].spec() if name else {"robots": list(self.robots)}),
                 "observation",
                 name,
             )

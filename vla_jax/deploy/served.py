@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,31 +16,50 @@ from vla_jax.deploy.limits import Limits
 from vla_jax.deploy.policy import Policy, load_all
 from vla_jax.types import UserError
 
-_WORD = "block "  # of the instructions that are compiled for
-_WORDS = 24
+PROMPT_TOKENS = 64  # of an instruction: 24 English words, of the default text model (1.0 to 1.4 a word) as of the tiny one (1.5 to 2.5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """names: keys of observations, as deploy.observation has them. limits None: actions are given as the model has them."""
+    """names: keys of observations, as deploy.observation has them. limits None: actions are given as the model has them. prompt_tokens: of
+    the longest instruction that is compiled for; a longer one is refused, since compiling while serving would keep every robot waiting."""
 
     policy: Policy
     limits: Limits | None
     names: Mapping[str, tuple[str, ...]]
     malformed: str
+    prompt_tokens: int = PROMPT_TOKENS
+
+    def spec(self) -> dict:
+        return self.policy.spec() | {"prompt": f"text of at most {self.prompt_tokens} tokens"}
+
+    @functools.cached_property
+    def lengths(self) -> list[range]:
+        """By how many steps before now have pictures."""
+        return [self.policy.lengths(lag=lag, instruction=self.prompt_tokens) for lag in range(self.policy.history)]
 
     def check(self, message: Mapping) -> dict:
         """An observation for `answers`. Raises: observation.Unfit."""
         found = observation.of(message, self.policy, self.names)
         if self.malformed == "hold" and "last_action" not in found:
             raise observation.Unfit("last_action is missing: this server holds it where the model's answer is malformed")
+        (before, words), most = self.policy.tokens(found), self.lengths[self._lag(found)][-1]
+        if before > most:
+            raise observation.Unfit(
+                f"the prompt is too long: the instruction has {words} tokens, and {before} in all precede the actions; this server takes "
+                f"instructions of {self.prompt_tokens} (--prompt-tokens), and {most} in all. Say it shorter."
+            )
         return found
+
+    def _lag(self, seen: dict) -> int:
+        return max(len(seen["images"]) // max(len(self.policy.views), 1) - 1, 0)
 
     def answers(self, observations: list[dict], counters: Counters) -> list[dict]:
         """-> for each {"actions": f32[k a], "well_formed", "limits": what was done}, counted. Raises as Policy.act, and ValueError where an
         action is not finite."""
         name, out = self.policy.card.name, []
-        for seen, (chunk, valid) in zip(observations, self.policy.act(observations, malformed=self.malformed)):
+        length = max(self.lengths[self._lag(seen)][0] for seen in observations)
+        for seen, (chunk, valid) in zip(observations, self.policy.act(observations, malformed=self.malformed, length=length)):
             counters.add("vla_chunks", robot=name, well_formed=str(valid).lower())
             done = {}
             if self.limits:
@@ -54,12 +74,12 @@ class Served:
             out.append({"actions": chunk, "well_formed": bool(valid), "limits": done})
         return out
 
-    def example(self, *, words: int, lag: int) -> dict:
-        """An observation like those to come: black pictures (`lag` steps of history), the mean state, an instruction of so many words."""
+    def example(self, *, lag: int) -> dict:
+        """An observation like those to come: black pictures (`lag` steps of history), the mean state, a short instruction."""
         p = self.policy
         images = {sample.lagged(v, n): np.zeros((p.image_size, p.image_size, 3), np.uint8) for n in range(lag + 1) for v in p.views}
         state = np.broadcast_to(p.stats["state"].mean, (p.history, len(p.card.state.dims)))
-        made = {"images": images, "state": state if p.history > 1 else state[0], "prompt": (_WORD * words).strip()}
+        made = {"images": images, "state": state if p.history > 1 else state[0], "prompt": "block"}
         return made | {"last_action": p.stats["action"].mean}
 
 
@@ -71,6 +91,7 @@ def load(
     malformed: str = "repair",
     names: Mapping[str, tuple[str, ...]] | None = None,
     limit: limits.Settings | None = None,
+    prompt_tokens: int = PROMPT_TOKENS,
 ) -> dict[str, Served]:
     """robots: of the export (none: all). limit None: no limits. Raises: UserError."""
     found = load_all(folder, head=head)
@@ -79,7 +100,7 @@ def load(
     out = {}
     for name, policy in ((r, found[r]) for r in robots or found):
         observation.check_names(names or {}, policy.views)
-        out[name] = Served(policy, limits_of(policy, limit) if limit else None, names or {}, malformed)
+        out[name] = Served(policy, limits_of(policy, limit) if limit else None, names or {}, malformed, prompt_tokens)
     return out
 
 
@@ -90,23 +111,19 @@ def limits_of(policy: Policy, settings: limits.Settings) -> Limits:
 
 
 def warm(served: Served, *, most: int, say: Callable[[str], None], go_on: Callable[[], bool] = lambda: True) -> int:
-    """Compiles for what is to come: batches of 1, 2, 4 .. up to `most`, each with instructions of up to 24 words; -> how many calls that took.
-    An instruction that is longer is compiled for when it comes. go_on() is asked before each call."""
+    """Compiles for all that is to come: batches of 1, 2, 4 .. up to `most`, each with every length of prefix that `check` lets through; -> how
+    many calls that took. go_on() is asked before each call."""
     calls = 0
-    for lag in range(served.policy.history):
-        by_length = {}
-        for words in range(1, _WORDS + 1):
-            seen = served.example(words=words, lag=lag)
-            by_length.setdefault(served.policy.prefix(seen), seen)
-        rows = 1
+    for lag, lengths in enumerate(served.lengths):
+        seen, rows = served.example(lag=lag), 1
         while True:
             rows = min(rows, most)
-            for seen in by_length.values():
+            for length in lengths:
                 if not go_on():
                     return calls
-                served.policy.act([seen] * rows, malformed="repair")
+                served.policy.act([seen] * rows, malformed="repair", length=length)
                 calls += 1
-            say(f"{served.policy.card.name}: ready for {rows} at once, prefixes of {', '.join(map(str, by_length))} tokens")
+            say(f"{served.policy.card.name}: ready for {rows} at once, prefixes of {', '.join(map(str, lengths))} tokens")
             if rows == most:
                 break
             rows *= 2

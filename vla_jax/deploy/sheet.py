@@ -20,8 +20,8 @@ _KINDS = {
 }
 
 
-def text(policy: Policy, limits: Limits | None) -> str:
-    """The sheet, for a terminal."""
+def text(policy: Policy, limits: Limits | None, *, prompt_tokens: int) -> str:
+    """The sheet, for a terminal. prompt_tokens: of the longest instruction that is served."""
     card = policy.card
     lines = [
         f"{card.name}: {card.robot}",
@@ -32,6 +32,7 @@ def text(policy: Policy, limits: Limits | None) -> str:
             for v in policy.views
         ),
     ]
+    lines.append(f"prompt    text of at most {prompt_tokens} tokens as `vla-jax serve --prompt-tokens={prompt_tokens}` takes it")
     if policy.history > 1:
         lines.append(
             f"history   {policy.history} steps: pictures VIEW@-1 .. of the steps before, states [{policy.history}, {len(card.state.dims)}] oldest first"

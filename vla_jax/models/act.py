@@ -16,12 +16,12 @@ from vla_jax.models.presets import VLAConfig
 from vla_jax.tokens.sequence import Layout, Prompt
 from vla_jax.types import PAD, Batch, UserError
 
-_MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are compiled
+MULTIPLE = 32  # prefix lengths are padded up to this, so that few shapes are compiled
 
 
 def padded(tokens: int) -> int:
     """The length that so many tokens of a prefix are padded to."""
-    return -(-tokens // _MULTIPLE) * _MULTIPLE
+    return -(-tokens // MULTIPLE) * MULTIPLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,22 +69,22 @@ class Actor:
             self.params = jax.jit(functools.partial(vla.cast, cfg))(params)
             self._layers = jax.jit(functools.partial(incremental.prepare, cfg))(self.params) if head == "tokens" else None
 
-    def __call__(self, requests: list[Request], *, malformed: str = "repair") -> list[tuple[np.ndarray, bool]]:
+    def __call__(self, requests: list[Request], *, malformed: str = "repair", length: int = 0) -> list[tuple[np.ndarray, bool]]:
         """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk). What comes back where
-        they were not is as `malformed` says (tokens.actions: repair or raise)."""
+        they were not is as `malformed` says (tokens.actions: repair or raise). length: prefixes are padded to at least so many tokens."""
         rows = 1 << (len(requests) - 1).bit_length()  # few batch sizes are compiled
         self._calls += 1
         key = jax.random.fold_in(self._key, self._calls)
         if self.head == "flow":
             dims = np.array([[r.dims] for r in requests] + [[0]] * (rows - len(requests)), np.int32)
             with self._placed():
-                batch = self._batch(requests, rows)
+                batch = self._batch(requests, rows, length)
                 chunks = np.asarray(self._integrate(self.params, batch, key, chunk=max(r.steps for r in requests), dims=dims))
             return [(chunks[i, 0, : r.steps, : r.dims], True) for i, r in enumerate(requests)]
         budget = np.array([r.steps * r.dims for r in requests] + [0] * (rows - len(requests)), np.int32)
         steps = self.language.longest(int(budget.max()))
         with self._placed():
-            batch = self._batch(requests, rows)
+            batch = self._batch(requests, rows, length)
             ids, ended = self._generate(self.params, batch, budget=budget[:, None], steps=steps, key=key, layers=self._layers)
         out = []
         for i, r in enumerate(requests):
@@ -96,9 +96,9 @@ class Actor:
     def _placed(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _batch(self, requests: list[Request], rows: int) -> Batch:
+    def _batch(self, requests: list[Request], rows: int, length: int) -> Batch:
         prefixes = [self.layout.prefix(images=len(r.images), prompt=r.prompt) for r in requests]
-        n = padded(max(map(len, prefixes)))
+        n = padded(max(length, *map(len, prefixes)))
         m, size = max(len(r.images) for r in requests), self.cfg.image_size
         images = np.zeros((rows, m, size, size, 3), np.uint8)
         tokens, segment = np.full((rows, n), PAD, np.int32), np.zeros((rows, n), np.int32)
