@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vla_jax import cli
+from vla_jax import cli, distributed
 
 
 def out(capsys, *argv):
@@ -50,3 +50,25 @@ def test_bench_tokens_refuses_without_its_peers(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert cli.main(["bench", "tokens"]) == 2
     assert "tokenizers is not installed" in capsys.readouterr().err
+
+
+def test_a_value_that_is_no_option_brings_no_guess(capsys):
+    assert cli.main(["rollout", "x", "--env=tabletop", "--out=y", "--episodes", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "must be a whole number above 0, got '0'" in said and "Did you mean" not in said
+    for p in ("", "0"):
+        assert cli.main(["data", p]) == 2
+    assert "Did you mean ?" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [["serve"], ["rollout", "--env=tabletop", "--out=ro"], ["dry-run", "--state=1", "--prompt=a", "--out=p.svg"]]
+)
+def test_what_acts_keeps_its_compiled_programs(capsys, monkeypatch, tmp_path, argv):
+    if argv == ["serve"]:
+        pytest.importorskip("websockets")
+    kept = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "keep_compiled", lambda: kept.append(argv))
+    assert cli.main([argv[0], str(tmp_path / "none"), *argv[1:]]) == 2
+    assert kept == [argv] and "none" in capsys.readouterr().err

@@ -36,6 +36,21 @@ def test_misspelt_key_in_a_file(tmp_path):
         config.load(str(bad))
 
 
+def test_what_a_config_file_raises_is_said_without_its_traceback(tmp_path):
+    with pytest.raises(UserError) as caught:
+        config.load("configs/finetune.py:how=foo")
+    assert str(caught.value) == (
+        "config configs/finetune.py:how=foo: ValueError: 'how=foo': write how=full|lora|expert|frozen and, if you like, ,mix=true"
+    )
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "def get_config(arg=''):\n  try:\n    int('x')\n  except ValueError as e:\n    raise TypeError('two\\n  lines') from e\n"
+    )
+    with pytest.raises(UserError) as caught:
+        config.load(str(bad))
+    assert str(caught.value) == f"config {bad}: TypeError: two lines"
+
+
 @pytest.mark.parametrize("item", ["train.steps=many", "train.steps=1.5", "data.views=3", "train.steps"])
 def test_wrong_values_are_refused(item):
     with pytest.raises(UserError):

@@ -102,3 +102,7 @@ def test_missing_and_broken_text_models(tmp_path):
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="no SentencePiece model"):
         text.load(str(tmp_path / "bad.model"))
+
+
+def test_a_tokenizer_is_not_printed_with_its_file():
+    assert repr(text.load("tiny")) == "TextTokenizer()"

@@ -161,3 +161,8 @@ def test_messages_come_back_and_damaged_ones_do_no_harm(message, data):
         wire.unpack(bytes(damaged))
     except wire.Malformed:
         pass
+
+
+def test_half_a_character_is_sent_as_a_question_mark():
+    """As the policy reads it; a speech recogniser's odd text shall not end a robot's program."""
+    assert wire.unpack(wire.pack({"prompt": "a\ud800b", "\udfffc": 1})) == {"prompt": "a?b", "?c": 1}

@@ -280,6 +280,8 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> tuple[Config, dict[
     except UserError:
         raise
     except Exception as e:  # a config file is a program: whatever it raises is said as one line
+        while "Traceback (most recent call last)" in str(e) and e.__context__:  # ml_collections writes one into an error of its own
+            e = e.__context__
         raise UserError(f"config {spec}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     if not isinstance(raw, ml_collections.ConfigDict):
         raise UserError(f"config {spec}: get_config returned {type(raw).__name__}, not a ConfigDict; start from vla_jax.config.default()")

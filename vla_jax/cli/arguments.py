@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         if "invalid choice: " in message:
             word = message.split("invalid choice: ")[1].split("'")[1]
         known = [o for a in self._actions for o in (*a.option_strings, *map(str, a.choices or ()))]
-        near = difflib.get_close_matches(word, known, n=1)
+        near = difflib.get_close_matches(word, known, n=1) if word else []
         raise UserError(f"{message}.{f' Did you mean {near[0]}?' if near else ''} See `{self.prog} --help`.")
 
 

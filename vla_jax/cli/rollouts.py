@@ -36,8 +36,10 @@ def add(commands) -> None:
 
 
 def _rollout(args) -> int:
+    from vla_jax import distributed
     from vla_jax.deploy import closed_loop
 
+    distributed.keep_compiled()
     settings = closed_loop.Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(closed_loop.Settings)})
     closed_loop.run(args.export, args.env, args.out, settings, robot=args.robot, head=args.head)
     print(f"wrote {args.out}/index.html")

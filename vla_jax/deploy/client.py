@@ -42,7 +42,7 @@ class Client:
     """
 
     def __init__(self, url: str, *, robot: str = "", token: str = "", timeout_s: float = 5.0, connect_s: float = 60.0):
-        self.url = url.rstrip("/") + (f"/?robot={quote(robot)}" if robot else "/")
+        self.url = url.rstrip("/") + (f"/?robot={quote(robot, errors='replace')}" if robot else "/")
         self._token, self.timeout_s = token or os.environ.get(TOKEN_VARIABLE, ""), timeout_s
         self._socket: ClientConnection | None = None
         self._sent, self.metadata = 0, {}
@@ -57,7 +57,7 @@ class Client:
         return self.metadata["robots"][name]["spec"]
 
     def act(self, observation: dict) -> dict:
-        """-> {"actions": f32[k a], "well_formed", "limits", "server_timing"}. A broken connection and a full server are tried again until
+        """-> {"actions": f32[k a], "well_formed", "limits", "outside", "server_timing"}. A broken connection and a full server are tried again until
         timeout_s. Raises: TimeoutError; ServerError, when the server refuses the observation or fails."""
         until, pause = time.monotonic() + self.timeout_s, _PAUSE_S
         self._sent += 1

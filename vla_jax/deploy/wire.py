@@ -22,8 +22,8 @@ class Malformed(ValueError):
 
 
 def pack(message) -> bytes:
-    """Dicts, lists, text, bytes, numbers, arrays. Raises: TypeError for another type, ValueError for an array that holds no numbers."""
-    return msgpack.packb(message, default=_written)
+    """Dicts, lists, text (half a character becomes ?), bytes, numbers, arrays. Raises: TypeError for another type, ValueError for an array that holds no numbers."""
+    return msgpack.packb(message, default=_written, unicode_errors="replace")
 
 
 def unpack(data: bytes):

@@ -18,7 +18,7 @@ _SPECIAL = ("pad", "eos", "bos", "unk")
 class TextTokenizer:
     """`model` is the serialised SentencePiece model, so that it travels inside checkpoints and exports."""
 
-    model: bytes
+    model: bytes = dataclasses.field(repr=False)
 
     @functools.cached_property
     def _sp(self):
