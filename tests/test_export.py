@@ -52,6 +52,19 @@ def test_which_weights(openpi_run, out, tiny, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_of_one_robot(openpi_run, out, tmp_path):
+    """--robot: that one alone acts, as it does in the whole export; what it was trained on stays in the card."""
+    assert cli.main(["export", str(openpi_run), str(tmp_path / "arm"), "--robot=tabletop_arm"]) == 0
+    assert [p.name for p in (tmp_path / "arm" / "robots").iterdir()] == ["tabletop_arm.json"]
+    asked, alone = [TabletopEnv("tabletop_arm").reset(EVAL_SEED)], policy.load_all(tmp_path / "arm")
+    assert list(alone) == ["tabletop_arm"]
+    assert np.array_equal(alone["tabletop_arm"].act(asked)[0][0], policy.Policy.load(out, robot="tabletop_arm").act(asked)[0][0])
+    assert "tabletop_slider" in (tmp_path / "arm" / "README.md").read_text()
+    with pytest.raises(UserError, match="robot 'r2d2' is not in this run; there are: tabletop_slider"):
+        export.export(openpi_run, tmp_path / "none", robot="r2d2")
+    assert not (tmp_path / "none").exists()
+
+
 def test_shards(openpi_run, out, tmp_path):
     """Each below the limit but for tensors larger than it; the index as HF has it; the same parameters, and the same policy."""
     many = export.export(openpi_run, tmp_path / "many", shard_bytes=100_000)
@@ -177,6 +190,23 @@ def test_nothing_is_left_of_an_export_that_fails(openpi_run, tmp_path, monkeypat
         export.export(openpi_run, place / "README.md", kind=kind)
     with pytest.raises(UserError, match="cannot be written"):
         export.export(openpi_run, place / "README.md" / "under", kind=kind)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_others_may_read_it_as_the_umask_says(tmp_path, mask):
+    """safetensors writes files that only their owner may read."""
+    before = os.umask(mask)
+    try:
+        with folders.written(tmp_path / "out") as partial:
+            weights_out.save_shards([("a/b", np.ones(3, np.float32))], partial, "params", shard_bytes=10**6, about={"format": "x"})
+            (partial / "robots").mkdir()
+            (partial / "robots" / "arm.json").write_text("{}")
+            folders.seal(partial)
+    finally:
+        os.umask(before)
+    modes = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    files = {f"out/{name}": 0o666 & ~mask for name in ("params.safetensors", "SHA256SUMS", "robots/arm.json")}
+    assert modes == files | {"out": 0o777 & ~mask, "out/robots": 0o777 & ~mask}
 
 
 def test_nothing_outside_the_folder_is_read(out, tmp_path):

@@ -164,6 +164,17 @@ def test_a_robot_that_means_something_else_now_is_refused(before):
         first.statistics(dataclasses.replace(card, action=other))
 
 
+def test_a_mistyped_init_leaves_nothing_in_the_way_of_the_right_one(before, tmp_path):
+    old, make = before
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, said in (("nope", "does not exist"), ("empty", "holds no weights"), ("file", "is a file")):
+        with pytest.raises(UserError, match=rf"model.init .*{name} {said}.*`vla-jax export` .*`vla-jax import`"):
+            loop.prepare(make(f"model.init={tmp_path / name}"), tmp_path / "run")
+        assert not list((tmp_path / "run").glob("*"))
+    loop.prepare(make(f"model.init={old}"), tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["params.safetensors", "policy.json", "action_tokenizer.json"])
 def test_a_damaged_policy_is_refused(before, tmp_path, name):
     old, make = before

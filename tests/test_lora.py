@@ -160,8 +160,9 @@ def test_what_the_objective_has_no_part_for_is_left_alone(tiny, tmp_path, small)
 
 
 def test_adapters_beside_rows_that_nobody_trains_are_refused(tiny, tmp_path):
+    (tmp_path / "weights" / "params").mkdir(parents=True)  # of others: they have no robots
+    c = tiny("train.lora_rank=2", f"model.init={tmp_path / 'weights'}")
     with pytest.raises(UserError, match=r"rows of the embedding for 32 action tokens are not in model.init.*lora_also"):
-        loop.prepare(tiny("train.lora_rank=2", "model.init=somewhere"), tmp_path)
-    c = tiny("train.lora_rank=2", "model.init=somewhere")
+        loop.prepare(c, tmp_path)
     also = dataclasses.replace(c.train, lora_also=("llm/embedder/.*",))
     loop.prepare(dataclasses.replace(c, train=also), tmp_path)

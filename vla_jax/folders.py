@@ -29,7 +29,9 @@ def written(out: Path) -> Iterator[Path]:
         raise UserError(f"{out} cannot be written: {e.strerror}. Give another folder.") from e
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's are the owner's alone
+        mask = _umask()
+        for p in (partial, *partial.rglob("*")):  # mkdtemp's folders and safetensors' files are the owner's alone
+            p.chmod((0o777 if p.is_dir() else 0o666) & ~mask)
         partial.rename(out)
     except OSError as e:
         raise UserError(

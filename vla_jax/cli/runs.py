@@ -35,7 +35,7 @@ def add(commands) -> None:
         "--ema", action=argparse.BooleanOptionalAction, default=None, help="the weights' running mean (default: where one was kept)"
     )
     p.add_argument("--dtype", default="f32", choices=("f32", "bf16"), help="of the matrices (default: f32)")
-    p.add_argument("--robot", default="", metavar="NAME", help="a card of the run, for lerobot, which is of one robot")
+    p.add_argument("--robot", default="", metavar="NAME", help="a card of the run: lerobot is of one robot; native then has that one alone")
     p = command(commands, "import", _import, "pretrained weights of others -> a folder for model.init")
     p.add_argument("source", metavar="SRC", help="a file or folder")
     p.add_argument("--format", required=True, choices=("hf", "big_vision", "openpi"))

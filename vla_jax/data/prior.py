@@ -20,6 +20,7 @@ from vla_jax.types import ActionTokenizer, Stats, UserError
 
 FORMAT = "vla_jax.policy.2"  # as deploy/export.py writes it
 NAMES = ("policy.json", "action_tokenizer.json", "text.model")
+_WEIGHTS = ("policy.json", "params", "_METADATA")  # of an export, an import, and the weights of one
 _HEADS = {"tokens": {"tokens"}, "flow": {"flow"}, "both": {"tokens", "flow"}}
 
 
@@ -105,10 +106,25 @@ class Prior:
         (folder / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in self.raw.items()))
 
 
+def _check_there(folder: Path) -> None:
+    """Raises: UserError unless it may be what model.init takes. Before a run writes anything: what a mistyped name leaves in a workdir would
+    be in the way of the right one."""
+    found = "does not exist" if not folder.exists() else "" if folder.is_dir() else "is a file"
+    if not found and not any((folder / name).exists() for name in _WEIGHTS):
+        found = f"holds no weights (none of {', '.join(_WEIGHTS)})"
+    if found:
+        raise UserError(
+            f"model.init {folder} {found}. Give a folder that `vla-jax export` wrote (a policy) or `vla-jax import` (weights of others), or "
+            "leave it empty to begin with random weights."
+        )
+
+
 def load(folder) -> Prior | None:
     """folder: a name, or a path of any kind that reads as pathlib's do (a workdir may be in a bucket). None where it is no exported
-    policy: weights of others bring no robots. Raises: UserError for a damaged one."""
-    folder = Path(folder).expanduser() if isinstance(folder, str) else folder
+    policy: weights of others bring no robots. Raises: UserError for a damaged one, and for a name under which there is neither."""
+    if isinstance(folder, str):
+        folder = Path(folder).expanduser()
+        _check_there(folder)
     if not (folder / "policy.json").is_file():
         return None
     try:

@@ -36,7 +36,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes the folder `out`, which must not hold anything yet: whole, or nothing of it. kind: of FORMATS. ema: the running mean of the
-    weights, or not; None: where one was kept. dtype: of trained.DTYPES. robot: name of a card, where a format is of one robot.
+    weights, or not; None: where one was kept. dtype: of trained.DTYPES. robot: name of a card, where a format is of one robot; in ours the export then has that one alone.
 
     Raises: UserError when there is nothing to export, or the format has no place for what the run has.
     """
@@ -49,6 +49,8 @@ def export(
     out = Path(out).expanduser().absolute()
     folders.free(out)
     t = trained.read(workdir, step=step, ema=ema)
+    if robot:
+        t.named(robot)  # whatever the format makes of it
     notes = targets[kind].check(t, robot=robot) if kind in targets else []
     with folders.written(out) as partial:
         write = targets[kind].write if kind in targets else _native
@@ -59,14 +61,17 @@ def export(
 
 
 def _native(t, folder: Path, *, dtype: str, robot: str, shard_bytes: int, place: Path) -> None:
-    """robot: of the other formats; ours keeps all."""
+    """robot: the only one that is kept; "": all."""
     from vla_jax.models.weights_out import save_shards
 
     save_shards(sorted(t.cast(dtype).items()), folder, "params", shard_bytes=shard_bytes, about={"format": FORMAT})
     (folder / "action_tokenizer.json").write_text(json.dumps(t.meta.action_tokenizer))
     (folder / "text.model").write_bytes(base64.b64decode(t.meta.text_model))
     (folder / "robots").mkdir()
+    kept = [r for r in t.robots if robot in ("", r.card.name)]
     for raw, numbers, r in zip(t.meta.cards, t.meta.stats, t.robots):
+        if r not in kept:
+            continue
         told = {"card": raw, "stats": numbers, "spec": r.spec()}
         (folder / "robots" / f"{r.card.name}.json").write_text(json.dumps(told, indent=1))
     body = {
@@ -78,7 +83,7 @@ def _native(t, folder: Path, *, dtype: str, robot: str, shard_bytes: int, place:
         "config": t.meta.config,
         "vocab": t.cfg.vocab,
         "state_dim": t.meta.state_dim,
-        "robots": [r.card.name for r in t.robots],
+        "robots": [r.card.name for r in kept],
     }
     (folder / "policy.json").write_text(json.dumps(body, indent=1))
 
