@@ -16,6 +16,8 @@ import pytest
 from vla_jax import cli
 from vla_jax.data import svg
 from vla_jax.deploy import export, policy
+from vla_jax.deploy import served as served_robots
+from vla_jax.models import act
 from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
 from vla_jax.train import loop
 
@@ -84,6 +86,10 @@ def test_a_dry_run(exported, capsys, tmp_path):
     texts = ["".join(e.itertext()) for e in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert {"xl [m]", "gl [1]", "absolute, base", "5 of 5 changed"} <= set(texts)
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}svg"))) == 1 + 2 * 6
+    assert "OUTSIDE" not in said
+    far = [f"--state={','.join(['9', *state.split(',')[1:]])}" if x.startswith("--state") else x for x in argv]
+    assert cli.main([*far, f"--out={tmp_path / 'f.svg'}"]) == 0
+    assert "OUTSIDE of all that training had: xl of the state" in capsys.readouterr().out
     for change, told in (
         ({4: f"--state={state},1"}, r"state must have shape [6]"),
         ({4: "--state=a,b"}, "could not convert"),
@@ -138,6 +144,7 @@ def limited(robot, chunk):
 def program(folder, url, *more):
     """The program of the page, beside a robot that is not there -> (the finished process, what the robot wrote down)."""
     text = (REPO / "docs" / "robot.md").read_text()
+    assert re.search(r"ACTION = .*", ROBOT)[0] in text  # as the page writes it
     (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
     (folder / "robot.py").write_text(block)
     if not (folder / "my_robot.py").exists():
@@ -200,6 +207,30 @@ def test_what_is_sent_is_what_the_policy_says_and_nothing_is_compiled_for_it(ser
                 client.act({**seen, "robot": name, "prompt": prompt})
             assert caught.value.code == "observation"
         assert "vla_compiled_while_serving" not in metrics()
+
+
+@pytest.mark.parametrize("layout", ["native", "openpi"])
+def test_what_is_let_through_has_a_length_that_was_compiled_for(exported, openpi_run, tmp_path, layout):
+    """Of any state (layout openpi writes it into the prompt), and every instruction of the stated number of tokens is let through."""
+    place = exported if layout == "native" else export.export(openpi_run, tmp_path / "out")
+    rng, passed = np.random.default_rng(0), 0
+    for robot in served_robots.load(place, prompt_tokens=40).values():
+        p, seen = robot.policy, robot.example(lag=0)
+        (lengths,), dims = robot.lengths, len(p.card.state.dims)
+        for _ in range(150):
+            words = " ".join(rng.choice(["push", "the", "block", "carefully", "7", "Zürich", "_"], rng.integers(0, 60)))
+            state = (p.stats["state"].mean + p.stats["state"].std * rng.normal(size=dims) * rng.choice([0, 1, 100])).astype(np.float32)
+            message = seen | {"prompt": words, "state": state}
+            try:
+                robot.check(message)
+            except ValueError as e:
+                assert "the prompt is too long" in str(e) and len(p.layout.text.encode(words)) > 40, words
+                continue
+            request = p._request(message)
+            length = len(p.layout.prefix(images=len(request.images), prompt=request.prompt))
+            assert act.padded(max(lengths[0], length)) in lengths
+            passed += 1
+    assert passed > 100
 
 
 @needs_serve

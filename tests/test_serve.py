@@ -297,12 +297,38 @@ def test_limits_are_applied_and_said(arm):
     assert reply["limits"] == {"range": 4, "rate": 0, "of": 6, "dims": ["dq1", "dq2"], "unanchored": []}
 
 
+def test_a_state_outside_of_training_is_named_and_counted(arm):
+    with Client(arm.url) as client:
+        high = observation(0.0)
+        s = FakePolicy().stats["state"]
+        high["state"] = np.array([s.max[0], s.min[1], s.mean[2]], np.float32)  # the ends themselves are within
+        assert client.act(high)["outside"] == []
+        before = arm.get("/metrics")[1]
+        high["state"] = np.array([s.max[0] + 1, 0, s.min[2] - 1], np.float32)
+        assert client.act(high)["outside"] == ["q1", "gripper"]
+        count = lambda text: float((re.findall(r'vla_outside_total\{dim="gripper",robot="tabletop_arm"\} (\S+)', text) or [0])[0])
+        assert count(arm.get("/metrics")[1]) == count(before) + 1
+
+
 def test_paths_origins_and_robots(arm):
     assert arm.get("/etc/passwd")[0] == 404 and arm.get("/")[0] == 426 and arm.get("/?robot=r2d2")[0] == 404
     with pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
         plain(arm, origin="http://evil.example")
     with pytest.raises(ServerError, match="refused: .*404.*there are: tabletop_arm"):
         Client(arm.url, robot="r2d2")
+
+
+def test_a_step_before_is_sent_with_all_its_pictures_or_none():
+    """Another number of pictures would be another shape to compile for."""
+    policy, one = FakePolicy(), np.zeros((4, 4, 3), np.uint8)
+    policy.history = 2
+    robot = served(policy)
+    now = {"state": np.zeros((2, 3), np.float32), "prompt": "push"}
+    both = {"base": one, "wrist": one}
+    assert robot.check({**now, "images": both})
+    assert robot.check({**now, "images": both | {"base@-1": one, "wrist@-1": one}})
+    with pytest.raises(ValueError, match=r"of a step before now send all pictures \(base@-1, wrist@-1\) or none, got wrist@-1"):
+        robot.check({**now, "images": both | {"wrist@-1": one}})
 
 
 def test_ready_only_when_warm():

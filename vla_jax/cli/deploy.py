@@ -151,6 +151,8 @@ def _dry_run(args) -> int:
     out.write_text(sheet.picture(robot, chunk, sent, title=said))
     wide = max(len(d.name) for d in robot.card.action.dims)
     print(said)
+    if outside := observation.outside(robot, state):
+        print(f"  OUTSIDE of all that training had: {', '.join(outside)} of the state; `vla-jax spec` shows the ranges")
     for i, d in enumerate(robot.card.action.dims):
         changed = "" if np.array_equal(chunk[:, i], sent[:, i]) else f"  (the model: {' '.join(f'{x:.4g}' for x in chunk[:, i])})"
         print(f"  {d.name:<{wide}} {d.unit:<5} {' '.join(f'{x:.4g}' for x in sent[:, i])}{changed}")

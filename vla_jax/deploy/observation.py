@@ -65,6 +65,18 @@ def of(message: Mapping, policy, names: Mapping[str, tuple[str, ...]]) -> dict:
     return out | ({"unused": sorted(spare)} if spare else {})
 
 
+def outside(policy, state: np.ndarray) -> list[str]:
+    """f32[s] or f32[t s] -> the dimensions that are beyond the smallest and largest that any training episode had, by more than a
+    hundredth of what lies between them: there the policy has seen nothing. policy: has card and stats."""
+    s = (policy.stats or {}).get("state")
+    if s is None:
+        return []
+    dims, room = policy.card.state.dims, 0.01 * (s.max - s.min) + 1e-6
+    state = np.asarray(state).reshape(-1, len(dims))
+    beyond = ((state < s.min - room) | (state > s.max + room)).any(axis=0)
+    return [d.name for d, out in zip(dims, beyond) if out]
+
+
 def _wanted(policy) -> list[str]:
     return [v if not lag else f"{v}@-{lag}" for lag in range(policy.history) for v in policy.views]
 

@@ -55,7 +55,7 @@ class Served:
         return max(len(seen["images"]) // max(len(self.policy.views), 1) - 1, 0)
 
     def answers(self, observations: list[dict], counters: Counters) -> list[dict]:
-        """-> for each {"actions": f32[k a], "well_formed", "limits": what was done}, counted. Raises as Policy.act, and ValueError where an
+        """-> for each {"actions": f32[k a], "well_formed", "limits": what was done, "outside": dimensions of the state}, counted. Raises as Policy.act, and ValueError where an
         action is not finite."""
         name, out = self.policy.card.name, []
         length = max(self.lengths[self._lag(seen)][0] for seen in observations)
@@ -71,7 +71,10 @@ class Served:
                     counters.add("vla_limited", done[kind], robot=name, kind=kind)
                 done |= {"dims": dims, "unanchored": list(applied.unanchored)}
             counters.add("vla_action_numbers", chunk.size, robot=name)
-            out.append({"actions": chunk, "well_formed": bool(valid), "limits": done})
+            outside = observation.outside(self.policy, seen["state"])
+            for dim in outside:
+                counters.add("vla_outside", robot=name, dim=dim)
+            out.append({"actions": chunk, "well_formed": bool(valid), "limits": done, "outside": outside})
         return out
 
     def example(self, *, lag: int) -> dict:
