@@ -72,3 +72,10 @@ def test_what_acts_keeps_its_compiled_programs(capsys, monkeypatch, tmp_path, ar
     monkeypatch.setattr(distributed, "keep_compiled", lambda: kept.append(argv))
     assert cli.main([argv[0], str(tmp_path / "none"), *argv[1:]]) == 2
     assert kept == [argv] and "none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["abc", "2", "1", "124", "256", "-3"])
+def test_an_exit_code_that_cannot_be_is_refused(capsys, monkeypatch, asked):
+    monkeypatch.setenv("VLA_RESUMABLE_EXIT", asked)
+    assert cli.main(["data", "list"]) == 2
+    assert f"VLA_RESUMABLE_EXIT={asked}" in capsys.readouterr().err

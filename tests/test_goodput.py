@@ -43,7 +43,7 @@ def test_youngs_interval_is_about_the_best():
 
 def test_the_same_seed_gives_the_same_week():
     assert simulate(Fleet(), seed=3) == simulate(Fleet(), seed=3) != simulate(Fleet(), seed=4)
-    for odd in (Fleet(hosts=0), Fleet(announced=2.0), Fleet(mtbf_h=0.0), Fleet(save_every=0)):
+    for odd in (Fleet(hosts=0), Fleet(announced=2.0), Fleet(mtbf_h=0.0), Fleet(save_every=0), Fleet(restart_s=-1.0), Fleet(stall_s=np.nan)):
         with pytest.raises(UserError, match="nothing to simulate"):
             simulate(odd)
 

@@ -29,7 +29,9 @@ class Fleet:
 def simulate(fleet: Fleet, *, days: float = 7.0, seed: int = 0) -> dict:
     """{goodput: share of the time that went into steps that count, failures, lost_h: of work done again, waiting_h: for saves, detection and
     restarts, daly_steps: the save_every at which stalls and lost work are least by Young's formula}. Raises: UserError."""
-    if fleet.hosts < 1 or not 0 <= fleet.announced <= 1 or min(fleet.mtbf_h, fleet.step_s, fleet.save_every, days) <= 0:
+    numbers = (*dataclasses.astuple(fleet), days)
+    positive = (fleet.hosts, fleet.mtbf_h, fleet.step_s, fleet.save_every, days)
+    if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or min(positive) <= 0 or fleet.announced > 1:
         raise UserError(f"nothing to simulate: {fleet}, {days:g} days")
     import numpy as np
 

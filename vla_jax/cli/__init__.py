@@ -56,11 +56,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _resumable() -> int:
-    return int(os.environ.get("VLA_RESUMABLE_EXIT") or 0)
+    """What a run that saved on request exits with; 0 where the environment says something that cannot be, which `_main` refuses."""
+    text = os.environ.get("VLA_RESUMABLE_EXIT") or "0"
+    return int(text) if text.isdecimal() and int(text) < 256 and int(text) not in (1, 2, 124) else 0
 
 
 def _main(argv: list[str]) -> int:
     args, overrides = _parse(argv)
+    if (asked := os.environ.get("VLA_RESUMABLE_EXIT", "")) not in ("", "0") and not _resumable():
+        raise UserError(f"VLA_RESUMABLE_EXIT={asked}: write an exit code from 3 to 255 that is not 124 (a hang)")
     args.argv = argv
     if getattr(args, "takes_config", False):
         args.config_spec = args.config

@@ -50,7 +50,12 @@ def remember(config: configs.Config, workdir: epath.Path) -> None:
     except (OSError, ValueError, RecursionError):
         old = None  # not there, or half-written by a process that was killed
     if isinstance(old, dict):
-        check_config(configs.from_dict(old, where=str(file)), config, workdir)
+        before = configs.from_dict(old, where=str(file))
+        check_config(before, config, workdir)
+        if before.train.steps != config.train.steps and distributed.is_main():
+            say(
+                f"train.steps was {before.train.steps} and is {config.train.steps}: the learning rate falls over all steps, so from here on it is another."
+            )
     elif distributed.is_main():
         try:
             file.write_text(json.dumps(dataclasses.asdict(config), indent=1))
