@@ -15,7 +15,11 @@ from vla_jax.data import cards
 from vla_jax.data.rlds import EPISODE, Feature
 
 GOLDEN = Path(__file__).parent / "golden" / "published.json"
-OURS = {"tabletop_arm", "tabletop_bimanual", "tabletop_slider"}
+OURS = {f"tabletop_{robot}" for robot in ("arm", "bimanual", "omni", "slider")} | {
+    "metaworld_mt50",
+    "pusht",
+    "robosuite_lift",
+}  # recorded here
 
 
 def rows(path: Path) -> dict[str, dict]:
