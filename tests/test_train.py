@@ -177,7 +177,9 @@ def test_one_step_of_each_config(path, real_data, tabletop, tmp_path):
     """As written but for the mesh of these tests and a number of rows that it divides; the one for pods with a tiny model on one dataset."""
     small = ["data.mixture=bridge_dataset", "data.image_size=32", "model.preset=tiny", "model.vocab=0", "tokens.text_model=tiny"]
     small += ["pack.length=256", "train.eval_frames=1", "train.eval_batches=1", "tokens.action_vocab=128"]
-    root, over = {"debug.py": (real_data, []), "demo.py": (tabletop, []), "oxe_3b.py": (real_data, small)}[path]
+    before = ["data.mixture=tabletop"]  # the robots of before are recorded here; tests/test_finetune.py begins with a policy
+    data = {"debug.py": (real_data, []), "demo.py": (tabletop, []), "finetune.py": (tabletop, before), "oxe_3b.py": (real_data, small)}
+    root, over = data[path]
     mesh = ["mesh.data=8", "mesh.fsdp=1", "mesh.tensor=1", "pack.rows=8", "pack.group=4"]
     c, _ = config.load(f"configs/{path}", [f"data.root={root}", f"data.index_dir={tmp_path / 'ix'}", "train.steps=1", *over, *mesh])
     state = loop.train(loop.prepare(c, tmp_path / "w"), quiet=True)
