@@ -99,7 +99,7 @@ def test_a_workdir_that_is_not_shared_is_said(tmp_path):
     for job in jobs:
         said = job.communicate(timeout=200)[0]
         assert f"{tmp_path}/one shared" in said and "is not the same place on all hosts" in said and "OWN shared" not in said, said
-    assert not list(tmp_path.glob("one/.shared*"))
+    assert not list(tmp_path.glob("*/.shared*"))
 
 
 def test_a_start_in_which_nothing_moves_ends(tabletop, tmp_path):

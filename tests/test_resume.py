@@ -1,6 +1,7 @@
 """Which checkpoints stay, onto what they can be restored, and whose a folder is."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -212,3 +213,23 @@ def test_storage_that_does_not_answer_is_no_damage(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot be read now .ConnectionResetError"):
         loop.train(loop.prepare(tiny("train.steps=5", "train.save_every=2"), tmp_path), quiet=True)
     assert 4 in kept(tmp_path) and not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "passes"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (MemoryError(), True),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (ValueError("UNAVAILABLE: Error reading gs://b/a: connection refused"), True),
+        (ValueError("DATA_LOSS: Error reading local file: CRC-32C checksum verification failed"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
+        (json.JSONDecodeError("Expecting value", "", 0), False),
+    ],
+)
+def test_what_passes_is_told_from_damage(problem, passes):
+    assert checkpoint._passes(problem) is passes

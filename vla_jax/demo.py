@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from vla_jax import config
+from vla_jax.tabletop import recordings
 from vla_jax.types import UserError
 
 DEVICES = 4
@@ -30,7 +29,8 @@ def main(workdir: Path, *, steps: int | None, episodes: int, trials: int) -> int
     jax.config.update("jax_num_cpu_devices", DEVICES)
     root = workdir / "data"
     _say(began, f"recording {', '.join(f'{k * episodes} {robot}' for robot, k in ROBOTS.items())} episodes to {root}")
-    _record(root, episodes)
+    wanted = [(root / robot, robot, times * episodes, ()) for robot, times in ROBOTS.items()]
+    recordings.make(wanted, workdir / "record.log", at_once=3)
 
     from vla_jax.deploy import export, policy
     from vla_jax.train import evaluate, loop
@@ -72,34 +72,6 @@ def _has(package: str) -> bool:
 
 def _say(began: float, text: str) -> None:
     print(f"[{time.time() - began:4.0f} s] {text}", flush=True)
-
-
-def _record(root: Path, episodes: int) -> None:
-    """One process per robot (TensorFlow stays out of this one), each into a folder that gets its name when complete."""
-    log, running = root.parent / "record.log", []
-    root.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as out:
-        for robot, times in ROBOTS.items():
-            if (root / robot).is_dir():
-                continue
-            partial = root.parent / f"recording-{robot}"
-            shutil.rmtree(partial, ignore_errors=True)
-            command = [
-                sys.executable,
-                "-m",
-                "vla_jax.tabletop.record",
-                str(partial),
-                "--episodes",
-                str(times * episodes),
-                "--robots",
-                robot,
-            ]
-            running.append((robot, partial, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)))
-        for robot, partial, process in running:
-            if process.wait():
-                raise UserError(f"recording {robot} failed; see {log}")
-            (partial / robot).rename(root / robot)
-            partial.rmdir()
 
 
 def _untrained(policies: dict, cfg) -> dict:

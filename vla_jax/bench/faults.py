@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from vla_jax.launch import RESUMABLE
@@ -304,6 +305,7 @@ def run(folder: Path, *, n: int, processes: int = 2, seed: int = 0, only: tuple[
     than the undisturbed run took, ..} for each, and {faults, survived, lost} at the end. Raises: UserError when the undisturbed run fails."""
     if unknown := set(only) - FAULTS.keys():
         raise UserError(f"no fault {', '.join(sorted(unknown))}; there are: {', '.join(FAULTS)}")
+    jax.config.update("jax_platforms", "cpu")  # what is compared is read here, and the device is no business of this process
     folder, pick = folder.resolve(), random.Random(seed)
     (folder / "turned").mkdir(parents=True, exist_ok=True)
     (folder / "turned" / "sitecustomize.py").write_text(_TURNED)

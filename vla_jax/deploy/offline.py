@@ -25,7 +25,7 @@ def run(config: Config, folder: str | Path, *, frames: int, where: str = "config
     Raises: UserError when a dataset is not among the export's robots, or its card means something else there.
     """
     body, params, folder = export.read(folder)
-    found = policy.load_all(folder)
+    found = policy.of(body, params, folder)
     one, trained = next(iter(found.values())), configs.from_dict(body["config"], where=str(folder / "policy.json"))
     data = {
         key: getattr(config.data, key)

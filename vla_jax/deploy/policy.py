@@ -150,7 +150,11 @@ def load_all(folder: str | Path, *, head: str = "", mesh=None, sampling: Samplin
     """Every robot of an export, sharing one set of weights. head: tokens or flow; empty: flow where that was trained. mesh: of
     `sharding.make_mesh`, to divide a model over several devices (its axis `tensor`: each token then reads a share of the weights on
     each). sampling: of tokens, by temperature and top_k. Raises: UserError."""
-    body, params, folder = export.read(folder)
+    return of(*export.read(folder), head=head, mesh=mesh, sampling=sampling)
+
+
+def of(body: dict, params: dict, folder: Path, *, head: str = "", mesh=None, sampling: Sampling = GREEDY) -> dict[str, Policy]:
+    """`load_all` of what export.read has read."""
     try:
         return _made(body, params, folder, head, mesh, sampling)
     except files.ODD as e:  # whoever changed a file has changed its checksum, too

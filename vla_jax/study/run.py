@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 from vla_jax import config
 from vla_jax.study import plan
 from vla_jax.study.plan import Arm, Condition, Scale
+from vla_jax.tabletop import recordings
 from vla_jax.types import UserError
 
 DEVICES = 4  # virtual ones, as in the demo
@@ -73,35 +72,9 @@ def _say(began: float, text: str) -> None:
 
 
 def record(workdir: Path, scale: Scale) -> None:
-    """Two recorders at a time (TensorFlow stays out of this process); a folder gets its name when it is whole."""
-    todo = [job for job in plan.recordings(scale) if not (workdir / "data" / job[0] / job[1]).is_dir()]
-    running: list[tuple[Path, Path, subprocess.Popen]] = []
-    with open(workdir / "record.log", "a") as log:
-        while todo or running:
-            while todo and len(running) < 2:
-                folder, robot, episodes, more = todo.pop(0)
-                partial = workdir / f"recording-{folder}-{robot}"
-                shutil.rmtree(partial, ignore_errors=True)
-                command = [
-                    sys.executable,
-                    "-m",
-                    "vla_jax.tabletop.record",
-                    str(partial),
-                    "--episodes",
-                    str(episodes),
-                    "--robots",
-                    robot,
-                    *more,
-                ]
-                running.append((partial / robot, workdir / "data" / folder / robot, subprocess.Popen(command, stdout=log, stderr=log)))
-            made, place, process = running.pop(0)
-            if process.wait():
-                for _, _, other in running:
-                    other.kill()
-                raise UserError(f"recording {place} failed; see {workdir / 'record.log'}")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            made.rename(place)
-            made.parent.rmdir()
+    """All that the arms train on. Raises: UserError."""
+    wanted = [(workdir / "data" / folder / robot, robot, episodes, tuple(more)) for folder, robot, episodes, more in plan.recordings(scale)]
+    recordings.make(wanted, workdir / "record.log")
 
 
 def settings(workdir: Path, arm: Arm) -> config.Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ from vla_jax.train import workdir as workdirs
 from vla_jax.types import TrainState, UserError
 
 _SOON = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "UNAUTHENTICATED", "PERMISSION_DENIED")  # TensorStore's
+_SOON_ERRNO = (errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 class Damaged(Exception):
@@ -56,14 +58,14 @@ class Meta:
 class Checkpointer:
     """Saves and restores the steps of one run below `workdir/checkpoints`, a folder or a URL. Saving is asynchronous.
 
-    A step that cannot be written (a full disk, a store that does not answer) costs that step and not the run: it is said, counted in
-    `failed`, and what is left of it is removed. What was saved before stays until a later step is complete.
+    A step that cannot be written (a full disk, a store that does not answer) costs that step and not the run: it is said, and what is
+    left of it is removed. What was saved before stays until a later step is complete.
     """
 
     def __init__(self, workdir: str | os.PathLike, train: Train | None = None):
         """train: its `keep`, `keep_every` and `keep_best` say which steps stay; None: for reading only."""
         self.path = workdirs.place(workdir) / "checkpoints"
-        self.failed, self._writing, self._losses = 0, None, {}
+        self._writing, self._losses = None, {}
         logging.getLogger("absl").addFilter(_not_orbax)
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=self._kept(train) if train else None,
@@ -121,14 +123,12 @@ class Checkpointer:
             self._give_up(problem or OSError("another process could not write its part"))
 
     def _give_up(self, problem: Exception) -> None:
-        self.failed += 1
         step, self._writing = self._writing, None
         with contextlib.suppress(Exception):  # what it still writes of this step would come back after it is removed
             self._manager.wait_until_finished()
         here, first = self.path / str(step), next(iter(str(problem).splitlines()), "")
         if distributed.broadcast_json(distributed.is_main() and _finished(here)):
-            self.failed -= 1  # what failed came after it: Orbax removes old steps in the same breath
-            say(
+            say(  # what failed came after it: Orbax removes old steps in the same breath
                 f"checkpoint {here} is written; an older one could not be removed ({type(problem).__name__}: {first[-300:]}): remove it by hand."
             )
             self._replace()
@@ -292,8 +292,9 @@ def _finished(step: epath.Path) -> bool:
 
 def _passes(problem: Exception) -> bool:
     """Whether it may be gone when asked again, and says nothing about what was written."""
-    text = str(problem)
-    return isinstance(problem, (ConnectionError, TimeoutError, MemoryError, PermissionError)) or any(word in text for word in _SOON)
+    text, number = str(problem), getattr(problem, "errno", None)
+    kinds = (ConnectionError, TimeoutError, MemoryError, PermissionError)
+    return isinstance(problem, kinds) or number in _SOON_ERRNO or any(word in text for word in _SOON)
 
 
 def _tree(state: TrainState) -> dict:

@@ -78,9 +78,11 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
         all_of["data"].pop(key)
     distributed.agree("config", json.dumps(all_of, sort_keys=True))  # one program, and its pauses at the same steps
     distributed.agree("data", source.fingerprint())
-    if first and not started and distributed.is_main():
-        first.keep(begun)
-        say(_begins(source, drawn))
+    if first and not started:
+        with distributed.together("keeping what model.init brings"):
+            if distributed.is_main():
+                first.keep(begun)
+                say(_begins(source, drawn))
     return Run(config, workdir, mesh, source, cfg)
 
 

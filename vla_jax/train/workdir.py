@@ -61,16 +61,18 @@ def check_shared(found: epath.Path, wait_s: float = 60.0) -> None:
     with distributed.together("opening the workdir"):
         if distributed.is_main():
             file.write_text("Here for a moment, to see that all processes share this workdir.")
-    with distributed.together("opening the workdir"):
-        until = time.monotonic() + wait_s  # a network's folder may be listed late
-        while not file.exists():
-            if time.monotonic() > until:
-                raise UserError(
-                    f"{found} is not the same place on all hosts: what process 0 wrote there is not here after {wait_s:.0f} s. Name shared storage."
-                )
-            time.sleep(0.2)
-    if distributed.is_main():
-        file.unlink()
+    try:
+        with distributed.together("opening the workdir"):
+            until = time.monotonic() + wait_s  # a network's folder may be listed late
+            while not file.exists():
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{found} is not the same place on all hosts: what process 0 wrote there is not here after {wait_s:.0f} s. Name shared storage."
+                    )
+                time.sleep(0.2)
+    finally:
+        if distributed.is_main():
+            file.unlink()
 
 
 def is_run(found: epath.Path) -> None:
