@@ -1,6 +1,9 @@
-"""A run's model with weights at which every term matters, and its logits for one sample: what exports are compared with."""
+"""A run's model with weights at which every term matters, and its logits for one sample: what exports are compared with; and where the
+programs are that read exports."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,6 +11,12 @@ import numpy as np
 from vla_jax import tree
 from vla_jax.models import vla
 from vla_jax.types import IMAGE, Batch
+
+
+def other_python(name: str) -> str:
+    """The Python that has NAME with the versions it wants: VLA_NAME_PYTHON, or the one of launch/oracles.sh; "" where there is none."""
+    made = Path(__file__).parents[1] / ".oracles" / name
+    return os.environ.get(f"VLA_{name.upper()}_PYTHON") or (str(made / "bin/python") if (made / "complete").exists() else "")
 
 
 def lively(t, seed=0, **changes):

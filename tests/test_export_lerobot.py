@@ -1,16 +1,14 @@
 """The folder for LeRobot: names and shapes always; loaded by LeRobot itself where one is installed here, or in the Python that
-VLA_LEROBOT_PYTHON names (LeRobot wants versions that the rest of the tests cannot have)."""
+launch/oracles.sh makes or VLA_LEROBOT_PYTHON names (LeRobot wants versions that the rest of the tests cannot have)."""
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lively import lively, logits
+from lively import lively, logits, other_python
 from safetensors.numpy import load_file
 
 from vla_jax.data.stats import Normalizer
@@ -91,9 +89,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(openpi_ru
 def test_lerobot_loads_it_and_says_the_same(made, tmp_path):
     """Every tensor; prompt ids; logits within 1e-4 (of a spread of units, float32 on both sides), behind pads too; the ids that its two
     samplers choose, which are ours if a second BOS ends the prompt; FAST decoding; and robot units."""
-    python = os.environ.get("VLA_LEROBOT_PYTHON") or (sys.executable if importlib.util.find_spec("lerobot") else "")
+    python = other_python("lerobot")
     if not python:
-        pytest.skip("no LeRobot here; VLA_LEROBOT_PYTHON names no Python that has it")
+        pytest.skip("no LeRobot here: sh launch/oracles.sh, or VLA_LEROBOT_PYTHON")
     t, out = made
     r, rng, layout = t.named(ROBOT), np.random.default_rng(3), t.layout
     state = r.stats["state"].mean + 0.3 * r.stats["state"].std

@@ -1,5 +1,5 @@
-"""The folder for openpi, restored by the calls that openpi makes: in the Python that VLA_OPENPI_PYTHON names (with jax 0.5.3, flax 0.10.2
-and orbax-checkpoint 0.11.13, which openpi pins), or in this one."""
+"""The folder for openpi, restored by the calls that openpi makes: in the Python that launch/oracles.sh makes or VLA_OPENPI_PYTHON names (with jax
+0.5.3, flax 0.10.2 and orbax-checkpoint 0.11.13, which openpi pins), or in this one."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lively import lively
+from lively import lively, other_python
 
 from vla_jax import sharding, tree
 from vla_jax.data.stats import Normalizer
@@ -45,13 +45,15 @@ def write(t, out, monkeypatch, **how):
 
 
 def restored(out, tmp_path):
-    python, file = os.environ.get("VLA_OPENPI_PYTHON") or sys.executable, tmp_path / "found.npz"
+    python, file = other_python("openpi"), tmp_path / "found.npz"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
-    done = subprocess.run([python, "-c", READS, str(out), str(file)], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [python or sys.executable, "-c", READS, str(out), str(file)], capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(np.load(file))
     versions = str(found.pop("versions"))
-    assert not os.environ.get("VLA_OPENPI_PYTHON") or versions == str(("0.5.3", "0.11.13")), versions
+    assert not python or versions == str(("0.5.3", "0.11.13")), versions
     return found
 
 
