@@ -1,6 +1,6 @@
 #!/bin/sh
-# LeRobot and openpi's pinned packages, each into an environment of its own under .oracles/, because they want versions that .venv cannot have.
-# tests/test_export_lerobot.py and tests/test_export_openpi.py look for them there. LeRobot needs Python 3.12: PYTHON312 names one.
+# Programs that read what is made here, each with the versions it wants in an environment of its own under .oracles/: openpi's pins, LeRobot (Python
+# 3.12: PYTHON312 names one), and SkyPilot, xpk and JobSet's API. Tests look for them there (tests/lively.py), and are skipped without.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -23,6 +23,7 @@ for candidate in ${PYTHON312:+"$PYTHON312"} python3.12 "$HOME"/.pyenv/versions/3
     fi
 done
 
+make launchers .venv/bin/python skypilot==0.14.1 xpk==1.16.0 kubeflow-trainer-api==2.3.0
 make openpi .venv/bin/python 'jax[cpu]==0.5.3' flax==0.10.2 orbax-checkpoint==0.11.13
 if [ -n "$found" ]; then
     make lerobot "$found" 'lerobot[pi]==0.6.1'
