@@ -567,5 +567,7 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path, capsys, mo
     for module in ("vla_jax.data.lerobot", "vla_jax.data.hdf5", "vla_jax.data.video"):
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.delattr(sys.modules["vla_jax.data"], module.split(".")[-1], raising=False)
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    refused(tmp_path / "src", tmp_path / "out", says="converting needs the package h5py: pip install 'vla-jax[convert]'", capsys=capsys)
+    for package in ("h5py", "tensorflow_datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+        says = f"converting needs the package {package}: pip install 'vla-jax[convert,rlds]'"
+        refused(tmp_path / "src", tmp_path / "out", says=says, capsys=capsys)

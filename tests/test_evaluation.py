@@ -282,6 +282,7 @@ def test_undo_turns_orders_and_rotations_back():
 
 
 class Box:
+    shape = (4,)
     low, high = np.full(4, -1, np.float32), np.full(4, 1, np.float32)
 
 
@@ -326,6 +327,25 @@ def test_robot_units_become_the_environment_s_and_are_cut_and_counted():
         env.step(np.array([0, 0, np.nan, 0]))
     with pytest.raises(UserError, match="reads observation/state, and this environment gives observation/image, other"):
         plain(cards.load("metaworld_mt50"), "other").reset(0)
+
+
+def test_another_robot_s_card_does_not_drive_it(exported, tmp_path):
+    """Metres are not radians, though there are as many of them; and an export of one robot is not taken for any environment."""
+    _, out = exported
+    found = policy.load_all(out)
+    one = {"tabletop_slider": found["tabletop_slider"]}
+    assert closed_loop._robot(one, "", "tabletop_slider", out) is found["tabletop_slider"]
+    renamed = dataclasses.replace(one["tabletop_slider"], card=dataclasses.replace(one["tabletop_slider"].card, name="ours"))
+    assert closed_loop._robot({"ours": renamed}, "", "tabletop_slider", out) is renamed
+    with pytest.raises(UserError, match="its numbers would mean something else there"):
+        closed_loop._robot(one, "", "tabletop_arm", out)
+    with pytest.raises(UserError, match="commands 3 numbers, and this environment takes"):
+        plain(cards.load("tabletop_slider"))
+    with pytest.raises(UserError, match="has a state of 3 numbers, and here it has 6"):
+        environments.make("tabletop", "tabletop_bimanual", cards.load("tabletop_slider")).reset(0)
+    slow = dataclasses.replace(renamed, card=dataclasses.replace(renamed.card, control_hz=1.0))
+    with pytest.raises(UserError, match="whose control_hz is 1.0"):
+        closed_loop._robot({"ours": slow}, "", "tabletop_slider", out)
 
 
 @pytest.mark.parametrize("robot", list(ROBOTS))
@@ -397,6 +417,7 @@ def test_rollout_says_what_is_wrong(exported, tmp_path, capsys):
     begin = ["rollout", str(out), f"--out={tmp_path / 'x'}"]
     for more, message in (
         (["--env=tabletop:tabletop_arm", "--robot=arm"], "robot 'arm' is not in"),
+        (["--env=tabletop:tabletop_arm", "--robot=tabletop_slider"], "has tabletop_slider, whose state is [('m', "),
         (["--env=moon"], "there is no environment 'moon'"),
         (["--env=tabletop", "--execute=2"], "must be from 0 to 1"),
         (["--env=tabletop", "--ensemble=nan"], "must be finite"),

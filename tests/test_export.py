@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vla_jax import cli, folders, tree
+from vla_jax import cli, folders, paths, tree
 from vla_jax.data import cards
 from vla_jax.deploy import card, export, policy, trained
 from vla_jax.models import vla, weights_out
@@ -229,6 +229,13 @@ def test_nothing_outside_the_folder_is_read(out, tmp_path):
             policy.load_all(copy)
     shutil.rmtree(copy)
     shutil.copytree(out, copy)
+    sums = (copy / folders.SUMS).read_text().splitlines()
+    for name in ("policy.json", "text.model", "action_tokenizer.json", "robots/tabletop_arm.json"):  # none is read unchecked
+        (copy / folders.SUMS).write_text("\n".join(x for x in sums if not x.endswith(f"  {name}")) + "\n")
+        with pytest.raises(UserError, match=rf"lacks {name}, or its checksum"):
+            export.about(copy)
+    shutil.rmtree(copy)
+    shutil.copytree(out, copy)
     (copy / "params.safetensors").rename(tmp_path / "weights.safetensors")
     (copy / "params.safetensors").symlink_to(tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="'params.safetensors' is not a file of this folder"):
@@ -243,7 +250,9 @@ def test_model_card(openpi_run, out):
     lines = [json.loads(x) for x in (openpi_run / "metrics.jsonl").read_text().splitlines()]
     loss = next(x["train/loss"] for x in lines if "train/loss" in x)
     assert f"| train/loss | {loss:.4g} |" in told and "| eval/tabletop_arm/nll |" in told
-    assert "2 of 2 steps" in told and "running mean (EMA), f32" in told and re.search(r"commit \w{7,}", told)
+    assert (
+        "2 of 2 steps" in told and "running mean (EMA), f32" in told and len(re.findall(rf"commit {re.escape(paths.commit())} ", told)) == 2
+    )
     assert "## What this format changes" not in told and str(openpi_run.parent) not in told
 
 
@@ -253,7 +262,16 @@ def test_the_command(openpi_run, tmp_path, capsys):
     assert (body["step"], body["weights"], body["dtype"]) == (2, "params", "bf16")
     assert cli.main(["export", str(openpi_run), str(tmp_path / "x"), "--format=onnx"]) == 2
     assert cli.main(["export", f"{openpi_run}@1", str(tmp_path / "x")]) == 2 and "no checkpoint of step 1" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["out"]
+    assert cli.main(["export", str(openpi_run), "gs://b/x"]) == 2 and "gs://b/x is a URL" in capsys.readouterr().err
+    assert cli.main(["spec", "gs://b/x"]) == 2 and "gs://b/x is a URL" in capsys.readouterr().err
+    assert (
+        cli.main(["export", f"{openpi_run}@last", str(tmp_path / "x")]) == 2 and "is a step number, got 'last'" in capsys.readouterr().err
+    )
+    assert os.listdir(tmp_path) == ["out"] and not os.path.exists("gs:")
+    (tmp_path / "me@lab").mkdir()
+    (tmp_path / "me@lab" / "run").symlink_to(openpi_run)
+    assert cli.main(["export", str(tmp_path / "me@lab" / "run"), str(tmp_path / "second")]) == 0
+    assert cli.main(["export", str(tmp_path / "me@lab" / "run@2"), str(tmp_path / "third")]) == 0
 
 
 def test_shards_of_a_tensor_larger_than_one(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_jax.data import stats
+from vla_jax.data import cards, stats
 from vla_jax.deploy.limits import Limits, Settings
+from vla_jax.tabletop import record
 from vla_jax.types import Dim, Stats, UserError
 
 HZ = 10.0
@@ -158,6 +159,24 @@ def test_a_constant_dimension_keeps_its_mean():
     assert seen.q99[0] == seen.q01[0] == 0.5
     got, applied = Limits.make(dims, (), seen, hz=5, settings=Settings())(seen.mean[None, :], state=f32())
     assert np.array_equal(got[0], seen.mean) and not applied.range.any()
+
+
+def test_an_expert_is_left_alone():
+    """Deltas of the tabletop's expert in other scenes than those of the statistics pass as they are; of targets most do."""
+    share = {}
+    for name in ("tabletop_slider", "tabletop_arm", "tabletop_bimanual"):
+        card, episode = cards.load(name), lambda seed, name=name: [np.float32(s["action"]) for s in record.rollout(name, seed)[0]]
+        known = [np.stack(episode(seed)) for seed in range(10)]
+        seen = stats.of(np.concatenate(known))
+        change = np.max([np.abs(np.diff(x, axis=0)).max(0) for x in known], axis=0)
+        keep = Limits.make(card.action.dims, (), dataclasses.replace(seen, change=change), hz=card.control_hz, settings=Settings())
+        changed = total = 0
+        for seed in range(100, 108):
+            chunk = np.stack(episode(seed))
+            _, applied = keep(chunk, state=np.zeros(0, np.float32), last_action=chunk[0])
+            changed, total = changed + int((applied.range + applied.rate).sum()), total + chunk.size
+        share[name] = changed / total
+    assert share["tabletop_slider"] == share["tabletop_arm"] == 0 and 0 < share["tabletop_bimanual"] < 0.15, share
 
 
 def test_the_largest_change_is_that_within_episodes(tabletop, tmp_path):

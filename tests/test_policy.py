@@ -100,9 +100,13 @@ def test_what_a_caller_gets_for_a_malformed_chunk(exported, monkeypatch):
         robot.act([obs], malformed="raise")
     with pytest.raises(ValueError, match=r"last_action must be 3 finite numbers .* got \[\]"):
         robot.act([obs], malformed="hold")
-    last = np.array([0.05, -7.0, 1.0])  # beyond what normalising keeps, and yet what is held
+    last = np.array([0.05, -7.0, 1.0])  # to hold is to stand still: changes are 0, the gripper stays as it is
     ((chunk, valid),) = robot.act([{**obs, "last_action": last}], malformed="hold")
-    assert not valid and np.array_equal(chunk, np.tile(last.astype(np.float32), (2, 1)))
+    assert not valid and chunk.tolist() == [[0, 0, 1]] * 2
+    told = policy.Policy.load(out, robot="tabletop_bimanual")
+    obs2, where = TabletopEnv("tabletop_bimanual").reset(EVAL_SEED), np.array([0.05, -7.0, 1.0, 9.0, 0.5, 0.0])
+    ((chunk, valid),) = told.act([{**obs2, "last_action": where}], malformed="hold")  # targets beyond what normalising keeps, and yet held
+    assert not valid and np.array_equal(chunk, np.tile(where.astype(np.float32), (told.steps, 1)))
     for odd in (np.nan, 0.5, last[:2], last * np.nan):
         with pytest.raises(ValueError, match="last_action must be 3 finite numbers"):
             robot.act([{**obs, "last_action": odd}], malformed="hold")

@@ -1,5 +1,6 @@
 """From a real export to a robot: the sheet, the dry run, the program of docs/robot.md on a robot that is not there, and the load test."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -47,12 +48,17 @@ def test_the_sheet(exported, capsys):
     for i, row in enumerate(rows):
         assert (row[5], row[7]) == (svg.number(float(s.q01[i])), svg.number(float(s.q99[i])))
     assert rows[0][-1] == "0.01" and rows[1][-1] == svg.number(float(s.change[1])) and rows[2][-4:] == ["as", "it", "is", "-"]
+    assert cli.main(["spec", str(exported), "--max-step=xl=0.01", "--max-step=dq1=0.02"]) == 0  # each robot has its own
+    shown = capsys.readouterr().out.splitlines()
+    most = {row.split()[1]: row.split() for row in shown if re.match(r"\s+\d+  ", row)}
+    assert most["xl"][-1] == "0.01" and "0.02" in most["dq1"] and "0.02" not in most["dq2"]  # of a delta it is the size
     assert cli.main(["spec", str(exported), "--no-limits"]) == 0
     out, err = capsys.readouterr()
     assert out.count("actions a second") == 3 and "limits    none" in out and "limits are OFF" in err
     for argv, said in (
         (["--robot=r2d2"], "it has: tabletop_slider"),
         (["--robot=tabletop_arm", "--max-step=y=1"], "max_step names y"),
+        (["--max-step=yaw=1"], "max_step names yaw"),
         (["--max-step=dq1=fast"], "--max-step is DIM=NUMBER"),
         (["--max-step=dq1"], "write NAME=VALUE"),
         (["--margin=-1"], "margin -1"),
@@ -90,6 +96,15 @@ def test_a_dry_run(exported, capsys, tmp_path):
     far = [f"--state={','.join(['9', *state.split(',')[1:]])}" if x.startswith("--state") else x for x in argv]
     assert cli.main([*far, f"--out={tmp_path / 'f.svg'}"]) == 0
     assert "OUTSIDE of all that training had: xl of the state" in capsys.readouterr().out
+    # one that sees two steps is shown the start of an episode: the state again, and no picture of before
+    with pytest.MonkeyPatch.context() as m:
+        asked = []
+        m.setattr(policy.Policy, "load", lambda *a, **k: dataclasses.replace(robot, history=2))
+        m.setattr(policy.Policy, "act", lambda self, seen: asked.extend(seen) or [(chunk, True)])
+        assert cli.main([*argv, f"--out={tmp_path / 'h.svg'}"]) == 0
+    capsys.readouterr()
+    (given,) = asked
+    assert set(given["images"]) == {"base"} and given["state"].shape == (2, 6) and np.array_equal(*given["state"])
     for change, told in (
         ({4: f"--state={state},1"}, r"state must have shape [6]"),
         ({4: "--state=a,b"}, "could not convert"),

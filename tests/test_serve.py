@@ -507,6 +507,9 @@ def test_tokens(capfd, tmp_path, monkeypatch):
             serve.read_token("")
         assert not odd or odd not in str(caught.value)
     monkeypatch.delenv("VLA_SERVE_TOKEN")
+    secret.write_bytes(bytes(range(128, 200)))  # what /dev/urandom gives
+    with pytest.raises(UserError, match="must be ASCII of at least"):
+        serve.read_token(str(secret))
     with running({"tabletop_arm": served(FakePolicy())}, TOKEN) as here:
         here.until_ready()  # healthz wants none
         for headers in (

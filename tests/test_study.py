@@ -13,6 +13,7 @@ from vla_jax.study import page, plan, run
 from vla_jax.tabletop import record, world
 from vla_jax.tabletop.env import EVAL_SEED, ROBOTS, TabletopEnv
 from vla_jax.train import loop
+from vla_jax.types import UserError
 
 SCALES = pytest.mark.parametrize("scale", [plan.Scale(), plan.QUICK], ids=["full", "quick"])
 
@@ -55,6 +56,18 @@ def test_what_is_held_out_is_not_recorded():
     said = {TabletopEnv("tabletop_slider", drawn=held_out).reset(EVAL_SEED + i)["prompt"] for i in range(20)}
     assert len(said) == 2 and not said & prompts
     assert all(c.camera != plan.Condition("", "tabletop_slider").camera for c in plan.ZERO_SHOT if c.name == "held-out camera")
+
+
+def test_a_workdir_is_of_one_scale_and_a_torn_line_is_measured_again(tmp_path):
+    """After --quick nothing of it is taken for the study itself."""
+    run._claim(tmp_path / "scale.json", plan.QUICK)
+    run._claim(tmp_path / "scale.json", plan.QUICK)
+    with pytest.raises(UserError, match="holds a study of another scale: .*'steps': 8.* there, .*'steps': 1200.* now"):
+        run._claim(tmp_path / "scale.json", plan.Scale())
+    kept = tmp_path / "study.jsonl"
+    assert run._lines(kept) == []
+    kept.write_text('{"arm": "a"}\n{"arm": "b", "succ')
+    assert run._lines(kept) == [{"arm": "a"}] and kept.read_text() == '{"arm": "a"}\n'
 
 
 @pytest.fixture(scope="module")

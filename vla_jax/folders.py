@@ -41,6 +41,15 @@ def written(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def local(folder: str | Path) -> Path:
+    """A folder of this machine, with `~` resolved. Raises: UserError for a URL, of which Path would make a folder called "gs:"."""
+    if "://" in str(folder):
+        raise UserError(
+            f"{folder} is a URL; this is read and written on a disk. Give a folder, and copy it (gcloud storage cp -r, gsutil, aws s3)."
+        )
+    return Path(folder).expanduser()
+
+
 def free(out: Path) -> None:
     """Raises: UserError when there is something at `out` that is no empty folder."""
     try:

@@ -1,10 +1,13 @@
-"""Where things that are not code are found: configs/, data/ and launch/ of the checkout or of the installed wheel."""
+"""Where things that are not code are found: configs/, data/ and launch/ of the checkout or of the installed wheel; and which code this is."""
 
 from __future__ import annotations
 
+import functools
 import os
+import subprocess
 from pathlib import Path
 
+from vla_jax import __version__
 from vla_jax.types import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -42,3 +45,19 @@ def find(kind: str, name: str) -> Path:
 def cache_dir() -> Path:
     """Where indexes are kept unless `data.index_dir` says otherwise: $VLA_CACHE, else ~/.cache/vla_jax."""
     return Path(os.environ.get("VLA_CACHE") or Path.home() / ".cache" / "vla_jax")
+
+
+@functools.cache
+def commit() -> str:
+    """Which code this is: the commit of the checkout that it lies in, with "+" where files were changed since; else the version. A wheel
+    that is installed below somebody else's repository is not of that repository's commit."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != _PACKAGE.parent:
+            return __version__
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return __version__

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from vla_jax import __version__
+from vla_jax import paths
 
 
 def step(config, *, repeats: int, where: str = "config", peer: str = "", peer_arguments: str = "", **options) -> Iterator[dict]:
@@ -105,12 +104,9 @@ def _products(dtype):
 
 def stamp() -> dict:
     """When, on what and with which code."""
-    here = Path(__file__).parent
-    asked = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     model = (
         next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
         if Path("/proc/cpuinfo").is_file()
         else ""
     )
-    commit = asked.stdout.strip() or __version__
-    return {"time": int(time.time()), "machine": f"{model or platform.processor()} x {os.cpu_count()}", "commit": commit}
+    return {"time": int(time.time()), "machine": f"{model or platform.processor()} x {os.cpu_count()}", "commit": paths.commit()}

@@ -122,7 +122,8 @@ def _spec(args) -> int:
     if args.robot and args.robot not in found:
         raise UserError(f"robot {args.robot!r} is not in {args.export}; it has: {', '.join(found)}")
     shown = [found[args.robot]] if args.robot else list(found.values())
-    print("\n\n".join(sheet.text(p, served.limits_of(p, limit) if limit else None, prompt_tokens=args.prompt_tokens) for p in shown))
+    limits = [served.limits_of(p, limit, shown) if limit else None for p in shown]
+    print("\n\n".join(sheet.text(p, most, prompt_tokens=args.prompt_tokens) for p, most in zip(shown, limits)))
     return 0
 
 
@@ -140,6 +141,7 @@ def _dry_run(args) -> int:
     try:
         state = np.array([float(x) for x in args.state.split(",")], np.float32)
         message = {"images": {v: sheet.read_picture(f) for v, f in args.image}, "state": state, "prompt": args.prompt}
+        message = observation.with_history([message], robot.history)  # as at the start of an episode
         seen = observation.of(message, robot, {})
     except ValueError as e:
         raise UserError(f"{e}. `vla-jax spec {args.export}` shows what is expected.") from e

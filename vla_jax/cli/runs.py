@@ -118,8 +118,10 @@ def _runs(args) -> int:
 def _export(args) -> int:
     from vla_jax.deploy import export
 
-    run_dir, _, step = args.run_dir.partition("@")
-    if step and not step.isdigit():
+    run_dir, at, step = args.run_dir.rpartition("@")
+    if not at or "/" in step:  # no step, or the folder's own
+        run_dir, step = args.run_dir, ""
+    elif not step.isdigit():
         raise UserError(f"{args.run_dir}: what follows @ is a step number, got {step!r}")
     how = {"kind": args.format, "ema": args.ema, "dtype": args.dtype, "robot": args.robot}
     print(f"exported to {export.export(run_dir, args.out, step=int(step) if step else None, **how)}")

@@ -58,7 +58,7 @@ def read(place: Path, *, form: str = "", layout: str = "") -> Source:
     try:
         from vla_jax.data import hdf5, lerobot
     except ImportError as e:
-        raise UserError(f"converting needs the package {e.name}: pip install 'vla-jax[convert]'") from e
+        raise UserError(f"converting needs the package {e.name}: pip install 'vla-jax[convert,rlds]'") from e
     return lerobot.read(place) if form == "lerobot" else hdf5.read(place, layout)
 
 
@@ -88,6 +88,10 @@ def convert(
     target = out / name / version
     if os.path.lexists(target):
         raise UserError(f"{target} exists. Give another --version or --name, or remove it.")
+    try:
+        import tensorflow_datasets  # noqa: F401  (writes it; seconds to import, and needed)
+    except ImportError as e:
+        raise UserError(f"converting needs the package {e.name}: pip install 'vla-jax[convert,rlds]'") from e
     source = read(place, form=form, layout=layout)
     encodings = {key: camera.encoding or ("png" if quality is None else "jpeg") for key, camera in source.cameras.items()}
     done = Written(target, source)

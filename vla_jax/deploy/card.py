@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vla_jax import __version__
-from vla_jax.bench.run import stamp
+from vla_jax import __version__, paths
 from vla_jax.deploy.trained import Trained
 from vla_jax.train import metrics
 
@@ -28,7 +27,8 @@ def text(t: Trained, kind: str, dtype: str, notes: list[str]) -> str:
         ("began with", c.model.init or "random weights"),
         ("mixture", f"{c.data.mixture} (fingerprint {t.meta.mixture})"),
         ("held out", f"{c.data.holdout:.0%} of the episodes"),
-        ("written by", f"vla_jax {__version__}, commit {stamp()['commit']}"),
+        ("trained by", f"vla_jax, commit {t.meta.commit or 'unknown'}"),
+        ("written by", f"vla_jax {__version__}, commit {paths.commit()}"),
     ]
     out = [f"---\ntags: [robotics, vision-language-action, vla_jax]\npipeline_tag: robotics\nlicense: {_licence(licences)}\n---\n"]
     out += [

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from vla_jax.data import cards
 from vla_jax.deploy import film, policy, rollout, rollout_page
 from vla_jax.deploy.policy import Policy
 from vla_jax.deploy.rollout import Call, Outcome
@@ -52,7 +53,7 @@ def run(
     found = policy.load_all(export, head=head)
     if name == "tabletop" and ":" not in env:  # a task is a robot there
         tasks = tuple(t for t in tasks if t in ([robot] if robot else found)) or tasks
-    acting = {task: _robot(found, robot or environments.ENVIRONMENTS[name].card or task, export, chosen=bool(robot)) for task in tasks}
+    acting = {task: _robot(found, robot, environments.card_of(name, task), export) for task in tasks}
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[Outcome]] = {}
     calls: dict[str, list[Call]] = {}
@@ -81,13 +82,26 @@ def run(
     return made
 
 
-def _robot(found: dict[str, Policy], name: str, export, *, chosen: bool) -> Policy:
-    """The policy of that card; of an export that has one robot only, that one: its card may have a name of its own."""
-    if name in found:
-        return found[name]
-    if len(found) == 1 and not chosen:
-        return next(iter(found.values()))
-    raise UserError(f"robot {name!r} is not in {export}; it has: {', '.join(found)}. Name one with --robot.")
+def _robot(found: dict[str, Policy], chosen: str, wanted: str, export) -> Policy:
+    """The policy of the chosen card, else of the environment's own; of an export that has one robot only, that one: its card may have a name
+    of its own, but its numbers must mean what they mean there."""
+    name = chosen or wanted
+    if name not in found and (chosen or len(found) > 1):
+        raise UserError(f"robot {name!r} is not in {export}; it has: {', '.join(found)}. Name one with --robot.")
+    acting = found.get(name) or next(iter(found.values()))
+    theirs, ours = cards.load(wanted), acting.card
+    said = lambda card: {
+        "state": [(d.unit, d.frame, d.kind) for d in card.state.dims],
+        "action": [(d.unit, d.frame, d.kind) for d in card.action.dims],
+        "control_hz": card.control_hz,
+    }
+    for (what, mine), there in zip(said(ours).items(), said(theirs).values()):
+        if mine != there:
+            raise UserError(
+                f"{export} has {ours.name}, whose {what} is {mine}, and this environment's own card {wanted} says {there}: "
+                "its numbers would mean something else there"
+            )
+    return acting
 
 
 def _task(acting: Policy, name: str, task: str, settings: Settings, every: int) -> tuple[list[Outcome], list[Call]]:
@@ -119,7 +133,7 @@ def sentence(label: str, s: dict) -> str:
     if s["mean_steps_to_success"] is not None:
         said.append(f"{s['mean_steps_to_success']:.1f} steps to success")
     if s["seconds_per_action"] is not None:
-        said.append(f"{s['seconds_per_action'] * 1000:.1f} ms an action")
+        said.append(f"{s['seconds_per_call'] * 1000:.1f} ms an answer (up to {s['at_once']} at once)")
     said.append(f"{s['malformed']} of {s['chunks']} chunks malformed")
     if s["clipped"] > 0:
         said.append(f"{s['clipped']:.1%} of the numbers cut by the environment's bounds")

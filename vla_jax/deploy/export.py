@@ -46,7 +46,7 @@ def export(
     for name, value, allowed in (("format", kind, FORMATS), ("dtype", dtype, trained.DTYPES)):
         if value not in allowed:
             raise UserError(f"{name} is {value!r}; there are: {', '.join(allowed)}")
-    out = Path(out).expanduser().absolute()
+    out = folders.local(out).absolute()
     folders.free(out)
     t = trained.read(workdir, step=step, ema=ema)
     if robot:
@@ -91,15 +91,18 @@ def _native(t, folder: Path, *, dtype: str, robot: str, shard_bytes: int, place:
 def about(folder: str | Path, *, weights: bool = False) -> tuple[dict, dict[str, dict]]:
     """-> (policy.json, {robot: {card, stats, spec}}), after checking every checksum (weights: those of the parameters, too).
     Imports no jax. Raises: UserError when a file is missing, damaged or of another format."""
-    folder = Path(folder).expanduser()
+    folder = folders.local(folder)
     names = folders.verify(folder, "exported policy", but=() if weights else (".safetensors",))
+    listed = lambda files: [f for f in files if f not in names]
     try:
+        if absent := listed(("policy.json", "text.model", "action_tokenizer.json")):
+            raise UserError(f"{folder} lacks {', '.join(absent)}, or its checksum")
         body = json.loads((folder / "policy.json").read_text())
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             found = body.get("format") if isinstance(body, dict) else body
             raise UserError(f"{folder} has format {str(found)[:80]!r}, this version reads {FORMAT!r}")
         files = [f"robots/{name}.json" for name in body["robots"]]
-        if absent := [f for f in files if f not in names]:
+        if absent := listed(files):
             raise UserError(f"{folder} lacks {', '.join(absent)}, or its checksum")
         return body, {name: json.loads(folders.inside(folder, f).read_text()) for name, f in zip(body["robots"], files)}
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as e:
@@ -113,7 +116,7 @@ def read(folder: str | Path) -> tuple[dict, dict, Path]:
     """
     from vla_jax.models import weight_files
 
-    folder = Path(folder).expanduser()
+    folder = folders.local(folder)
     body, robots = about(folder, weights=True)
     names = [line.partition("  ")[2] for line in (folder / folders.SUMS).read_text().splitlines()]
     try:

@@ -9,7 +9,7 @@ Values are arrays; a picture is u8[h w 3] RGB (u8[3 h w] is turned, where that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -63,6 +63,17 @@ def of(message: Mapping, policy, names: Mapping[str, tuple[str, ...]]) -> dict:
     if extra := sorted(set(images) - set(out["images"]), key=str):  # a picture under a wrong name would be missed silently
         raise Unfit(f"images holds {str(extra[0])[:60]!r}, which this policy does not take; it takes {', '.join(_wanted(policy))}")
     return out | ({"unused": sorted(spare)} if spare else {})
+
+
+def with_history(seen: Sequence[Mapping], history: int) -> dict:
+    """The observations of the last steps, oldest first, as one of a policy that sees `history` steps: of steps before the first no pictures, and
+    the first state again, as in training. Each {"images": {view: u8[h w 3]}, "state": f32[s], ..}; what else is sent is the last one's."""
+    if history == 1:
+        return dict(seen[-1])
+    past = [seen[-1 - lag] for lag in range(min(history, len(seen)))]  # the newest first
+    images = {view if not lag else f"{view}@-{lag}": x for lag, o in enumerate(past) for view, x in o["images"].items()}
+    states = [past[min(lag, len(past) - 1)]["state"] for lag in range(history - 1, -1, -1)]
+    return {**seen[-1], "images": images, "state": np.stack(states)}
 
 
 def outside(policy, state: np.ndarray) -> list[str]:

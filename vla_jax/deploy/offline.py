@@ -7,32 +7,32 @@ from pathlib import Path
 
 import jax
 
-from vla_jax import config as configs
 from vla_jax import sharding
 from vla_jax.config import Config
 from vla_jax.data import cards, source
 from vla_jax.data.source import Source
 from vla_jax.deploy import export, policy
+from vla_jax.deploy.trained import Robot
 from vla_jax.models import vla
 from vla_jax.train import evaluate, step
 from vla_jax.types import UserError
 
 
 def run(config: Config, folder: str | Path, *, frames: int, where: str = "config") -> dict[str, dict]:
-    """What evaluate.run says of a run, of an export. `config` says which data and on which mesh (data.root, index_dir, mixture, holdout,
-    threads; mesh; train.eval_batches); everything else is the export's. Held-out episodes are those of data.holdout; with 0 all of them.
+    """What evaluate.run says of a run, of an export. `config` says which data, how much of it at once and on which mesh (data.root, index_dir,
+    mixture, holdout, threads; pack.rows, pack.group; mesh; train.eval_batches); everything else is the export's. Held-out episodes are those of data.holdout; with 0 all of them.
 
     Raises: UserError when a dataset is not among the export's robots, or its card means something else there.
     """
     body, params, folder = export.read(folder)
-    found = policy.of(body, params, folder)
-    one, trained = next(iter(found.values())), configs.from_dict(body["config"], where=str(folder / "policy.json"))
+    trained, layout, cfg, found = policy.parts(body, params, folder)
     data = {
         key: getattr(config.data, key)
         for key in ("root", "index_dir", "mixture", "holdout", "max_skipped", "threads", "read_ahead", "prefetch")
     }
     mesh_of = dataclasses.replace(trained, data=dataclasses.replace(trained.data, **data), mesh=config.mesh)
-    own = dataclasses.replace(mesh_of, train=dataclasses.replace(trained.train, eval_batches=config.train.eval_batches))
+    pack = dataclasses.replace(trained.pack, rows=config.pack.rows, group=config.pack.group)
+    own = dataclasses.replace(mesh_of, pack=pack, train=dataclasses.replace(trained.train, eval_batches=config.train.eval_batches))
     mesh = sharding.make_mesh(own.mesh.data, own.mesh.fsdp, own.mesh.tensor, where=where)
     sharding.check_batch(own.pack.rows, mesh, where=where)
     mix, indexes = source.open_indexes(own)
@@ -42,14 +42,13 @@ def run(config: Config, folder: str | Path, *, frames: int, where: str = "config
         own,
         indexes,
         [found[ix.card.name].stats for ix in indexes],
-        one.layout,
+        layout,
         weights=[1.0] * len(indexes),
         held_out=own.data.holdout > 0,
         seed=0,
     )
     opened.check_fit()
-    cfg, names = one.actor.cfg, opened.names
-    place = vla.shardings(cfg, mesh)
+    names, place = opened.names, vla.shardings(cfg, mesh)
     eval_step = step.make_eval_step(own, cfg, mesh, place, datasets=len(names))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, place)
@@ -59,7 +58,7 @@ def run(config: Config, folder: str | Path, *, frames: int, where: str = "config
     return {"step": body["step"], **out}
 
 
-def _check(card: cards.DatasetCard, found: dict[str, policy.Policy], folder: Path) -> None:
+def _check(card: cards.DatasetCard, found: dict[str, Robot], folder: Path) -> None:
     if card.name not in found:
         raise UserError(f"{folder} was not trained on {card.name}; its robots are: {', '.join(found)}")
     theirs = found[card.name].card

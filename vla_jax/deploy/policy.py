@@ -79,8 +79,8 @@ class Policy:
     def act(self, observations: list[dict], *, malformed: str = "repair", length: int = 0) -> list[tuple[np.ndarray, bool]]:
         """Each {"images": {view: u8[h w 3]}, "state": f32[s] (with a history of t steps f32[t s]), "prompt": str} -> (actions f32[steps a], well formed).
 
-        malformed: what comes back where the tokens are no chunk: repair (the nearest one), hold ("last_action" f32[a] of the
-        observation, in robot units, repeated) or raise. Binary dimensions come back as exactly 0 or 1. length: prefixes are padded to at
+        malformed: what comes back where the tokens are no chunk: repair (the nearest one), hold (stand still: 0 where a number is a
+        change or a speed, else "last_action" f32[a] of the observation, in robot units) or raise. Binary dimensions come back as exactly 0 or 1. length: prefixes are padded to at
         least so many tokens, where there shall be few shapes to compile.
         Raises: ValueError naming what was expected; tokens.actions.MalformedTokens.
         """
@@ -95,11 +95,12 @@ class Policy:
                     f"{cut} tokens of the instruction {o['prompt']!r} do not fit tokens.limit {self.layout.limit} and are not seen",
                     stacklevel=2,
                 )
-        binary = np.array([d.kind == "binary" for d in self.card.action.dims])
+        kinds = np.array([d.kind for d in self.card.action.dims])
+        binary, moves = kinds == "binary", np.isin(kinds, ("delta", "velocity"))
         out = []
         for (chunk, valid), held in zip(self.actor(requests, malformed="repair" if hold else malformed, length=length), last):
             # what is held is the action itself, not what normalising leaves of it
-            chunk = np.broadcast_to(held, chunk.shape) if hold and not valid else self.action.denormalize(chunk)
+            chunk = np.broadcast_to(np.where(moves, 0, held), chunk.shape) if hold and not valid else self.action.denormalize(chunk)
             out.append((np.where(binary, chunk > 0.5, chunk).astype(np.float32), valid))
         return out
 
@@ -153,23 +154,28 @@ def load_all(folder: str | Path, *, head: str = "", mesh=None, sampling: Samplin
     return of(*export.read(folder), head=head, mesh=mesh, sampling=sampling)
 
 
-def of(body: dict, params: dict, folder: Path, *, head: str = "", mesh=None, sampling: Sampling = GREEDY) -> dict[str, Policy]:
-    """`load_all` of what export.read has read."""
+def parts(body: dict, params: dict, folder: Path) -> tuple[configs.Config, Layout, presets.VLAConfig, dict[str, Robot]]:
+    """What export.read has read, understood: nothing is placed on a device. Raises: UserError where it does not hold together."""
     try:
-        return _made(body, params, folder, head, mesh, sampling)
+        config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
+        words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
+        layout = Layout.of(config.tokens, words, action, presets.tokens_per_image(config.model.preset, config.data.image_size))
+        cfg = model_config(config, vocab=body["vocab"], state_dim=body["state_dim"])
+        shapes = lambda params: {path: x.shape for path, x in tree.flatten(params).items()}
+        if shapes(params) != (wanted := shapes(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))):
+            wrong = sorted(shapes(params).items() ^ wanted.items())[0][0]
+            raise UserError(f"{folder}: the parameters are not those of the model that policy.json describes; {wrong} differs")
+        robots = [
+            Robot.of(config, told["card"], told["stats"], where=f"{folder}/robots/{name}.json") for name, told in body["robot"].items()
+        ]
+        return config, layout, cfg, {r.card.name: r for r in robots}
     except files.ODD as e:  # whoever changed a file has changed its checksum, too
         raise UserError(f"{folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e
 
 
-def _made(body: dict, params: dict, folder: Path, head: str, mesh, sampling: Sampling) -> dict[str, Policy]:
-    config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
-    words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
-    layout = Layout.of(config.tokens, words, action, presets.tokens_per_image(config.model.preset, config.data.image_size))
-    cfg = model_config(config, vocab=body["vocab"], state_dim=body["state_dim"])
-    of = lambda params: {path: x.shape for path, x in tree.flatten(params).items()}
-    if of(params) != (wanted := of(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))):
-        wrong = sorted(of(params).items() ^ wanted.items())[0][0]
-        raise UserError(f"{folder}: the parameters are not those of the model that policy.json describes; {wrong} differs")
+def of(body: dict, params: dict, folder: Path, *, head: str = "", mesh=None, sampling: Sampling = GREEDY) -> dict[str, Policy]:
+    """`load_all` of what export.read has read."""
+    config, layout, cfg, robots = parts(body, params, folder)
     if mesh is not None:
         params = jax.device_put(params, vla.shardings(cfg, mesh))
     trained = ("flow", "tokens") if config.train.objective == "both" else (config.train.objective,)
@@ -177,9 +183,8 @@ def _made(body: dict, params: dict, folder: Path, head: str, mesh, sampling: Sam
     if head not in trained:
         raise UserError(f"head is {head!r}, and {folder} was trained for {' and '.join(trained)} (train.objective)")
     actor, out = Actor(cfg, layout, params, head=head, mesh=mesh, sampling=sampling), {}
-    for name, told in body["robot"].items():
-        r = Robot.of(config, told["card"], told["stats"], where=f"{folder}/robots/{name}.json")
-        out[r.card.name] = Policy(
+    for name, r in robots.items():
+        out[name] = Policy(
             card=r.card,
             views=r.views,
             steps=r.steps,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vla_jax.data import sample
+from vla_jax.deploy.observation import with_history
 from vla_jax.deploy.policy import Policy
 
 
@@ -69,7 +69,7 @@ def rollouts(
     horizon = max(1, round(policy.steps * execute))
     while active := [i for i, env in enumerate(envs) if _goes_on(env) and steps[i] < max_steps]:
         began, before = time.perf_counter(), int(steps.sum())
-        answers = policy.act([_with_history(seen[i], history) for i in active])
+        answers = policy.act([with_history(seen[i], history) for i in active])
         seconds = time.perf_counter() - began
         for i, (chunk, valid) in zip(active, answers):
             malformed[i], chunks[i] = malformed[i] + (not valid), chunks[i] + 1
@@ -100,15 +100,6 @@ def _goes_on(env) -> bool:
     return not env.success and not getattr(env, "ended", False)
 
 
-def _with_history(seen: list[dict], history: int) -> dict:
-    """The last observations as one, as Policy.act takes it: of steps before the start no pictures, and the first state again."""
-    if history == 1:
-        return seen[-1]
-    images = {sample.lagged(view, lag): x for lag, o in enumerate(reversed(seen)) for view, x in o["images"].items()}
-    states = [seen[max(len(seen) - 1 - lag, 0)]["state"] for lag in range(history - 1, -1, -1)]
-    return {"images": images, "state": np.stack(states), "prompt": seen[-1]["prompt"]}
-
-
 def blend(plans: Sequence[tuple[int, np.ndarray]], now: int, decay: float, binary: np.ndarray) -> np.ndarray:
     """[(first step, chunk f32[k a])], oldest first -> f32[a] for step `now`: the mean of all that reach it, weighted exp(-decay * i) where
     i = 0 is the oldest. So a larger decay trusts older predictions more, as ACT has it (0.01 there); below 0 the newest count most.
@@ -129,8 +120,8 @@ def wilson(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, floa
 
 
 def summary(outcomes: Sequence[Outcome], calls: Sequence[Call]) -> dict:
-    """What a set of episodes comes to. seconds_per_action leaves out the first call of each batch size, which compiles; None if there
-    were no others. Raises: ValueError without episodes."""
+    """What a set of episodes comes to. seconds_per_action is throughput: of all that act at once (at_once at most); seconds_per_call is what
+    one of them waits for, the median. Both leave out the first call of each batch size, which compiles; None if there were no others. Raises: ValueError without episodes."""
     if not outcomes:
         raise ValueError("no episodes")
     won, n = sum(o.success for o in outcomes), len(outcomes)
@@ -149,5 +140,6 @@ def summary(outcomes: Sequence[Outcome], calls: Sequence[Call]) -> dict:
         "clipped": float(np.mean([o.clipped for o in outcomes])),
         "seconds_per_action": sum(c.seconds for c in warm) / max(sum(c.actions for c in warm), 1) if warm else None,
         "seconds_per_call": float(np.median([c.seconds for c in warm])) if warm else None,
+        "at_once": max((c.rows for c in warm), default=0),
         "first_call_seconds": calls[0].seconds if calls else None,
     }

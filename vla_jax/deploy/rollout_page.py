@@ -46,7 +46,7 @@ def _replans(how: dict) -> str:
 
 
 def _table(tasks: dict[str, dict]) -> str:
-    head = ("task", "success", "95 % interval", "", "steps to success", "ms an action", "malformed chunks", "numbers cut")
+    head = ("task", "success", "95 % interval", "", "steps to success", "ms an answer (at once)", "malformed chunks", "numbers cut")
     rows = []
     for task, s in tasks.items():
         low, high = s["interval_95"]
@@ -54,7 +54,7 @@ def _table(tasks: dict[str, dict]) -> str:
         cells = [f"{s['successes']} of {s['episodes']} ({s['success_rate']:.0%})", f"{low:.0%} - {high:.0%}"]
         tail = [
             take("mean_steps_to_success"),
-            take("seconds_per_action", 1000),
+            f"{take('seconds_per_call', 1000)} ({s['at_once']})",
             f"{s['malformed']} of {s['chunks']}",
             f"{s['clipped']:.1%}",
         ]

@@ -58,7 +58,7 @@ def read_token(file: str) -> str:
     token = os.environ.get(TOKEN_VARIABLE, "")
     if file:
         path = Path(file).expanduser()
-        token = path.read_text().strip()
+        token = path.read_bytes().decode("utf-8", "replace").strip()
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             say(f"others on this machine may read {path}: chmod 600 it")
     if (file or TOKEN_VARIABLE in os.environ) and (len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):

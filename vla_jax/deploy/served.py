@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -100,16 +100,20 @@ def load(
     found = load_all(folder, head=head)
     if odd := [r for r in robots if r not in found]:
         raise UserError(f"robot {odd[0]!r} is not in {folder}; it has: {', '.join(found)}")
-    out = {}
-    for name, policy in ((r, found[r]) for r in robots or found):
-        observation.check_names(names or {}, policy.views)
-        out[name] = Served(policy, limits_of(policy, limit) if limit else None, names or {}, malformed, prompt_tokens)
+    chosen, out = {r: found[r] for r in robots or found}, {}
+    views = {view for policy in chosen.values() for view in policy.views}
+    for name, policy in chosen.items():
+        own = {view: keys for view, keys in (names or {}).items() if view not in views - set(policy.views)}  # not what is another robot's
+        observation.check_names(own, policy.views)
+        out[name] = Served(policy, limits_of(policy, limit, chosen.values()) if limit else None, own, malformed, prompt_tokens)
     return out
 
 
-def limits_of(policy: Policy, settings: limits.Settings) -> Limits:
-    """Raises: UserError."""
-    card = policy.card
+def limits_of(policy: Policy, settings: limits.Settings, among: Iterable[Policy] = ()) -> Limits:
+    """among: robots that have the same settings; a max_step of a dimension that only others of them have is theirs. Raises: UserError."""
+    card, moves = policy.card, lambda p: {d.name for d in p.card.action.dims if d.kind != "binary"}
+    others = set().union(*map(moves, among)) - moves(policy)
+    settings = dataclasses.replace(settings, max_step={dim: x for dim, x in settings.max_step.items() if dim not in others})
     return Limits.make(card.action.dims, card.state.dims, policy.stats["action"], hz=card.control_hz, settings=settings)
 
 

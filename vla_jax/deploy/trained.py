@@ -51,7 +51,10 @@ class Robot:
             "robot": self.card.robot,
             "control_hz": self.card.control_hz,
             "images": {v: f"uint8 RGB [h, w, 3], resized to {shape}" for v in self.views},
-            "history": f"{self.history} steps; of the step n before now: images 'base@-n' where there is one, states oldest first",
+            "history": {
+                "steps": self.history,
+                "sent": "of the step n before now: images 'base@-n' where there is one; states oldest first",
+            },
             "state": [dataclasses.asdict(d) for d in self.card.state.dims],
             "action": {"steps": self.steps, "dims": [dataclasses.asdict(d) for d in self.card.action.dims]},
         }

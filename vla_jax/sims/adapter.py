@@ -46,6 +46,11 @@ class GymEnv:
 
     def __init__(self, env: Any, mapping: Mapping, card: DatasetCard):
         check_actions(card)
+        space, wide = getattr(env, "action_space", None), undo(card.action.ops, np.zeros((1, len(card.action.dims)), np.float32)).shape[1]
+        if space is not None and space.shape != (wide,):
+            raise UserError(
+                f"card {card.name} commands {wide} numbers, and this environment takes {space.shape}: it is another robot's card"
+            )
         self.env, self.mapping, self.card = env, mapping, card
         self.success = self.ended = False
         self.steps = self.clipped = self.commanded = 0
@@ -84,11 +89,9 @@ class GymEnv:
         if not self._checked:
             self._check(fields)
             self._checked = True
-        one = {key: np.asarray(x, np.float32)[None] for key, x in fields.items() if key in standardize.keys(self.card.state.ops)}
-        state = standardize.apply(self.card.state.ops, one, 1)[0].astype(np.float32)
         return {
             "images": {view: fields[key] for view, key in self.card.views.items()},
-            "state": state,
+            "state": self._state(fields),
             "prompt": self.mapping.prompt(self.env),
         }
 
@@ -113,6 +116,19 @@ class GymEnv:
                 f"card {self.card.name} reads {', '.join(missing)}, and this environment gives {', '.join(sorted(fields))}: "
                 "take an export that was trained on recordings of it (python -m vla_jax.sims.record), or name its --robot"
             )
+        try:
+            wide = self._state(fields).size
+        except (IndexError, ValueError) as e:
+            raise UserError(
+                f"the state ops of card {self.card.name} do not fit what this environment gives ({e}): another robot's card"
+            ) from e
+        if wide != (dims := len(self.card.state.dims)):
+            raise UserError(f"card {self.card.name} has a state of {dims} numbers, and here it has {wide}: it is another robot's card")
+
+    def _state(self, fields: dict[str, np.ndarray]) -> np.ndarray:
+        """f32[s] in the card's units."""
+        one = {key: np.asarray(x, np.float32)[None] for key, x in fields.items() if key in standardize.keys(self.card.state.ops)}
+        return standardize.apply(self.card.state.ops, one, 1)[0].astype(np.float32)
 
 
 def check_actions(card: DatasetCard) -> None:

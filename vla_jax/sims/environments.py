@@ -53,6 +53,11 @@ def parse(spec: str) -> tuple[str, tuple[str, ...]]:
     return name, tasks
 
 
+def card_of(name: str, task: str) -> str:
+    """The card of what is recorded there."""
+    return ENVIRONMENTS[name].card or task
+
+
 def check_installed(name: str) -> None:
     """Raises: UserError naming the packages that are missing."""
     if missing := [p for p in ENVIRONMENTS[name].needs if importlib.util.find_spec(p) is None]:

@@ -69,7 +69,7 @@ def stream(out: BinaryIO, env: str, *, episodes: int, seed: int, random: bool) -
     """The drawing side: `episodes` of each task, task by task, each as its length and an .npz file."""
     name, tasks = environments.parse(env)
     for number, task in enumerate(tasks):
-        made = environments.make(name, task, cards.load(environments.ENVIRONMENTS[name].card or task))
+        made = environments.make(name, task, cards.load(environments.card_of(name, task)))
         most = environments.ENVIRONMENTS[name].max_steps(task)
         for i in range(episodes):
             data = io.BytesIO()
@@ -138,7 +138,7 @@ def features_of(arrays: dict[str, np.ndarray]) -> Any:
 def record(out: str, env: str, *, episodes: int, seed: int, random: bool = False) -> str:
     """Draws in a process of its own and writes here; returns the folder of the set. Raises: UserError."""
     name, tasks = environments.parse(env)
-    card = cards.load(environments.ENVIRONMENTS[name].card or tasks[0])
+    card = cards.load(environments.card_of(name, tasks[0]))
     if len(tasks) > 1 and not environments.ENVIRONMENTS[name].card:
         raise UserError(f"{env} is several robots, and each is a set of its own: name one, such as {name}:{tasks[0]}")
     if len(tasks) * episodes > STRIDE or not 0 <= seed < EVAL_SEED // STRIDE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,8 +31,9 @@ def main(workdir: Path, *, quick: bool, out: Path | None, only: tuple[str, ...] 
     distributed.keep_compiled()
     scale = plan.QUICK if quick else Scale()
     workdir.mkdir(parents=True, exist_ok=True)
+    _claim(workdir / "scale.json", scale)
     kept = workdir / "study.jsonl"
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    lines = _lines(kept)
     began = time.time()
     record(workdir, scale)
     _say(began, "recorded")
@@ -58,6 +60,24 @@ def main(workdir: Path, *, quick: bool, out: Path | None, only: tuple[str, ...] 
                 with open(file, "a") as f:
                     f.write(json.dumps(line) + "\n")
     return lines
+
+
+def _claim(file: Path, scale: Scale) -> None:
+    """What is kept in a workdir is of one scale. Raises: UserError when it is of another."""
+    ours = json.loads(json.dumps(dataclasses.asdict(scale)))
+    if not file.is_file():
+        file.write_text(json.dumps(ours) + "\n")
+    elif (theirs := json.loads(file.read_text())) != ours:
+        raise UserError(f"{file.parent} holds a study of another scale: {theirs} there, {ours} now. Give another --workdir.")
+
+
+def _lines(kept: Path) -> list[dict]:
+    """Those of earlier starts. A last one that was cut off is removed: what it said is measured again."""
+    text = kept.read_text() if kept.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        kept.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def stamp(scale: Scale) -> dict:

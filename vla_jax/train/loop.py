@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vla_jax import distributed, sharding
+from vla_jax import distributed, paths, sharding
 from vla_jax.config import Config, Train
 from vla_jax.console import say
 from vla_jax.data import feed, prior, stats
@@ -291,4 +291,5 @@ def _meta(run: Run, flow: np.ndarray, meter: Meter) -> Meta:
         stream=flow.tolist(),
         productive_s=meter.so_far(),
         started=meter.started,
+        commit=paths.commit(),
     )
