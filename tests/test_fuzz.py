@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vla_jax import config, folders, paths
-from vla_jax.data import cards, mixture
+from vla_jax.data import build, cards, index, mixture
 from vla_jax.deploy import export
 from vla_jax.tokens import files, text
 from vla_jax.train import checkpoint, loop, resume
@@ -69,6 +69,43 @@ def refused_or_read(load) -> None:
 def fuzz(whole: bytes, file: Path, load, *, data) -> None:
     file.write_bytes(data.draw(damaged(whole)))
     refused_or_read(load)
+
+
+@pytest.fixture(scope="module")
+def indexed(tabletop, tmp_path_factory):
+    """(card, the data's place, a small index of it)."""
+    card = cards.load("tabletop_slider")
+    found = build.ensure(card, str(tabletop), str(tmp_path_factory.mktemp("fuzz")))
+    return card, found.place, found.path
+
+
+@QUIET
+@given(data=st.data())
+def test_indexes(data, indexed, tmp_path):
+    card, place, path = indexed
+    name = data.draw(st.sampled_from(["meta.json", *sorted(p.name for p in path.glob("*.npy"))]))
+    shutil.rmtree(tmp_path / "ix", ignore_errors=True)
+    shutil.copytree(path, tmp_path / "ix")
+    fuzz((path / name).read_bytes(), tmp_path / "ix" / name, lambda: index.open_index(card, place, tmp_path / "ix"), data=data)
+
+
+def test_an_index_reads_no_file_but_the_datasets_own(indexed, tmp_path):
+    card, place, path = indexed
+    shutil.copytree(path, tmp_path / "ix")
+    told = json.loads((path / "meta.json").read_text())
+    (tmp_path / "secret.array_record").write_bytes(b"secret")
+    for name in (f"../../../{tmp_path}/secret.array_record", str(tmp_path / "secret.array_record"), "dataset_info.json"):
+        (tmp_path / "ix" / "meta.json").write_text(json.dumps(told | {"shards": [[name, "6"], *told["shards"][1:]]}))
+        with pytest.raises(UserError, match="its shards are not those of"):
+            index.open_index(card, place, tmp_path / "ix")
+
+
+def test_what_a_few_lines_of_yaml_unfold_to_is_not_waited_for(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "source: *a9"]))
+    for load in (cards.load, mixture.load):
+        with pytest.raises(UserError, match="aliases"):
+            load(str(tmp_path / "c.yaml"))
 
 
 @QUIET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -143,20 +144,59 @@ def test_slurm_queues_again_what_a_restart_can_help(stub, code, queued):
     assert done.returncode == code and "scontrol requeue" not in done.stdout
 
 
-def test_slurm_saves_and_queues_again_before_the_time_limit(stub):
-    stub("vla-jax", "trap 'sleep 0.5; echo saved; exit 0' TERM; echo up; while :; do sleep 0.1; done")
-    stub("srun", 'shift; exec "$@"')
+@contextlib.contextmanager
+def slurm_job(stub, folder):
+    """The script with a run that saves on SIGTERM; srun answers that signal as Slurm's does, by killing its tasks; scancel signals them alone."""
+    stub("vla-jax", "trap 'sleep 0.5; echo saved; exit 75' TERM; echo up; while :; do sleep 0.1; done")
+    stub(
+        "srun",
+        f"""while [[ "$1" == --* ]]; do shift; done
+"$@" & task=$!
+trap 'pkill -KILL -P $task; kill -KILL $task; exit 137' TERM
+until pgrep -P $task -f vla-jax >{folder}/task; do sleep 0.02; done
+wait $task""",
+    )
+    stub("scancel", f"[ \"$*\" = '--signal=TERM 77' ] && kill -TERM $(cat {folder}/task)")
     stub("scontrol", 'echo "scontrol $*"')
-    with subprocess.Popen(
-        ["bash", str(LAUNCH / "slurm.sbatch")],
-        text=True,
-        stdout=subprocess.PIPE,
-        env=stub.env | {"SLURM_SUBMIT_DIR": "/nowhere", "SLURM_JOB_ID": "77"},
-    ) as child:
+    env = stub.env | {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "77"}
+    with subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch")], text=True, stdout=subprocess.PIPE, env=env) as child:
         assert child.stdout.readline() == "up\n"
+        time.sleep(0.2)
+        yield child
+
+
+def test_slurm_saves_and_queues_again_before_the_time_limit(stub, tmp_path):
+    with slurm_job(stub, tmp_path) as child:
         child.send_signal(signal.SIGUSR1)
         out, _ = child.communicate(timeout=20)
     assert child.returncode == 0 and out.index("saved") < out.index("scontrol requeue 77")
+
+
+def test_slurm_saves_and_ends(stub, tmp_path):
+    with slurm_job(stub, tmp_path) as child:
+        child.send_signal(signal.SIGUSR2)
+        out, _ = child.communicate(timeout=20)
+    assert child.returncode == 75 and "saved" in out and "scontrol" not in out
+
+
+def test_slurm_does_not_have_its_tasks_killed(stub, tmp_path):
+    """Slurm ends a job: it signals the tasks itself, and this script must not turn to srun."""
+    with slurm_job(stub, tmp_path) as child:
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM)
+        out, _ = child.communicate(timeout=20)
+    assert child.returncode == 143 and "saved" in out and "scontrol" not in out
+
+
+@pytest.mark.parametrize("code", [134, 137])
+def test_slurm_does_not_queue_again_what_one_task_refused(stub, tmp_path, code):
+    """srun gives the code of a task that was killed before that of one that ended by itself."""
+    stub("vla-jax", "exit 2")
+    stub("srun", f'while [[ "$1" == --* ]]; do shift; done; "$@"; exit {code}')
+    stub("scontrol", 'echo "scontrol $*"')
+    done = call(stub, str(LAUNCH / "slurm.sbatch"), SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="77")
+    assert done.returncode == 2 and "scontrol" not in done.stdout and not list(tmp_path.glob(".vla*"))
 
 
 def test_xpk_leaves_the_line_to_the_pods_shell(stub):

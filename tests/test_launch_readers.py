@@ -38,6 +38,7 @@ def test_skypilot_reads_its_task(tmp_path):
     for text, nodes, accelerators, spot in (
         (rendered("skypilot", "h100-16", spot=True).files["skypilot.yaml"], 2, {"H100": 8}, True),
         (rendered("skypilot", "h200-64").files["skypilot.yaml"], 8, {"H200": 8}, False),
+        (rendered("skypilot", "v5e-64").files["skypilot.yaml"], 1, {"tpu-v5litepod-64": 1}, False),
         ((LAUNCH / "skypilot.yaml").read_text(), 2, {"H200": 8}, True),
     ):
         found = read("skypilot", text, tmp_path)

@@ -83,6 +83,15 @@ def test_what_is_no_jobset_is_refused():
             validate(bad)
 
 
+@pytest.mark.parametrize(
+    "chips, nodes, accelerators", [("v5e-64", 1, "tpu-v5litepod-64:1"), ("v6e-256", 1, "tpu-v6e-256:1"), ("h100-16", 2, "H100:8")]
+)
+def test_skypilot_starts_a_slice_once(chips, nodes, accelerators):
+    """A node of its is a whole slice of TPUs, whose hosts start by themselves."""
+    made = yaml.safe_load(rendered("skypilot", chips).files["skypilot.yaml"])
+    assert (made["num_nodes"], made["resources"]["accelerators"]) == (nodes, accelerators)
+
+
 def test_a_run_that_was_taken_away_is_told_from_a_mistake():
     """The patterns of the JobSet's rules against what Kubernetes says of a Job that a pod's exit code ended."""
     import re
@@ -122,7 +131,7 @@ def test_slurm_reaches_srun(tmp_path):
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     for name, body in {
-        "sbatch": 'while [ "${1#--}" != "$1" ]; do echo "$1"; shift; done; SLURM_SUBMIT_DIR=/x exec bash "$1"',
+        "sbatch": 'while [ "${1#--}" != "$1" ]; do echo "$1"; shift; done; SLURM_JOB_ID=1 SLURM_SUBMIT_DIR=/x exec bash "$1"',
         "srun": 'shift; "$@"',
         "vla-jax": 'printf "<%s>" "$@"; echo; echo "root $VLA_DATA_ROOT"',
     }.items():

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -13,9 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from vla_jax import tree
+from vla_jax import config, distributed, tree
 from vla_jax.train import checkpoint, evaluate, loop, optim, resume, state
-from vla_jax.types import UserError
+from vla_jax.types import PassingError, UserError
 
 
 def kept(workdir) -> list[int]:
@@ -100,6 +101,28 @@ def test_a_folder_belongs_to_one_config_from_its_first_start(tiny, tmp_path):
             resume.remember(c, tmp_path)
         except UserError as e:
             assert "config" in str(e)
+
+
+def test_a_run_goes_on_with_what_it_began_with(tiny, tmp_path):
+    """Wherever that lies by now, or if it is gone; before the first checkpoint another may be named."""
+    a, b, moved, run = (tmp_path / x for x in ("a", "b", "moved", "run"))
+    for folder in (a, b, run):
+        folder.mkdir()
+        (folder / "SHA256SUMS").write_text(f"of {folder.name}")
+    of = lambda folder: tiny(f"model.init={folder}")
+    resume.remember(of(b), run)
+    resume.remember(of(a), run)
+    (run / "checkpoints" / "2").mkdir(parents=True)
+    resume.remember(of(a), run)
+    a.rename(moved)
+    resume.remember(of(moved), run)
+    resume.remember(of(a), run)
+    for other in (b, run):
+        with pytest.raises(UserError, match="did not begin with what model.init"):
+            resume.remember(of(other), run)
+    (run / "init.sha256").unlink()  # a run that began with random weights
+    with pytest.raises(UserError, match="did not begin with what model.init"):
+        resume.remember(of(moved), run)
 
 
 def test_no_whole_checkpoint_is_no_new_beginning(tiny, tmp_path):
@@ -210,9 +233,13 @@ def test_storage_that_does_not_answer_is_no_damage(tiny, tmp_path, monkeypatch):
     final = loop.train(loop.prepare(tiny("train.steps=4", "train.save_every=2"), tmp_path), quiet=True)
     assert int(final.step) == 4 and not (tmp_path / "damaged").exists()
     left[0] = 99
-    with pytest.raises(OSError, match="cannot be read now .ConnectionResetError"):
+    with pytest.raises(PassingError, match="cannot be read now .ConnectionResetError"):
         loop.train(loop.prepare(tiny("train.steps=5", "train.save_every=2"), tmp_path), quiet=True)
     assert 4 in kept(tmp_path) and not (tmp_path / "damaged").exists()
+
+
+class Odd(Exception):
+    """As gcsfs, aiohttp and google-auth have their own."""
 
 
 @pytest.mark.parametrize(
@@ -232,4 +259,49 @@ def test_storage_that_does_not_answer_is_no_damage(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_what_passes_is_told_from_damage(problem, passes):
-    assert checkpoint._passes(problem) is passes
+    assert checkpoint._passes(problem, remote=False) is passes
+
+
+@pytest.mark.parametrize(
+    ("problem", "passes"),
+    [
+        (Odd("503, Service Unavailable"), True),
+        (socket.gaierror(-2, "Name or service not known"), True),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (ValueError("DATA_LOSS: CRC-32C checksum verification failed"), False),
+        (ValueError("UNAVAILABLE: Error reading gs://b/a: connection refused"), True),
+        (FileNotFoundError("vla/run/checkpoints/2/meta/metadata"), False),
+        (json.JSONDecodeError("Expecting value", "", 0), False),
+        (KeyError("ocdbt"), False),
+        (TypeError("Meta.__init__() got an unexpected keyword argument"), False),
+    ],
+)
+def test_of_a_store_everything_passes_but_what_contents_give(problem, passes):
+    assert checkpoint._passes(problem, remote=True) is passes
+
+
+def test_what_may_be_whole_is_not_removed(tmp_path, monkeypatch):
+    """A save fails, and the store does not say whether the step is finished: it stays, and is judged at the next start."""
+    (tmp_path / "checkpoints").mkdir()
+    found = checkpoint.Checkpointer(tmp_path, config.Train())
+    for told, stays in ((None, True), (False, False)):
+        (tmp_path / "checkpoints" / "4").mkdir(exist_ok=True)
+        monkeypatch.setattr(checkpoint, "_finished", lambda step, told=told: told)
+        found._writing = 4
+        found._give_up(OSError("no answer"))
+        assert (tmp_path / "checkpoints" / "4").exists() is stays
+    found.close()
+
+
+def test_steps_are_those_that_any_process_sees(tmp_path, monkeypatch):
+    """One whose listing is late waits for it; the list is looked at again."""
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda s: (tmp_path / "checkpoints" / "20").mkdir(parents=True, exist_ok=True))
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    found = checkpoint.Checkpointer(tmp_path)
+    assert found.steps() == [10]
+    monkeypatch.setattr(distributed, "gather_json", lambda mine: [[10, 20], mine])
+    assert found.agreed() == [10, 20] == found.steps()
+    monkeypatch.setattr(distributed, "gather_json", lambda mine: [[10, 20, 30], mine])
+    with pytest.raises(PassingError, match=r"sees the steps \[30\]"):
+        found.agreed(wait_s=0)
+    found.close()

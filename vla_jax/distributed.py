@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import paths
-from .types import UserError
+from .types import WRONG_PATH, PassingError, UserError
 
 
 class Cluster(NamedTuple):
@@ -121,7 +121,10 @@ def first_host(nodelist: str) -> str:
 
 
 def initialize(*, timeout_s: float = 300) -> str:
-    """Connects the processes that the environment describes, before any use of jax. Returns a line for the log."""
+    """Connects the processes that the environment describes, before any use of jax. Returns a line for the log. timeout_s: unless VLA_CONNECT_S
+    says how long to wait for the others. Raises: UserError where the environment does not hold together, PassingError where others do not come."""
+    if os.environ.get("VLA_CONNECT_S"):
+        timeout_s = _number(os.environ, "VLA_CONNECT_S", 1)
     found = find(os.environ)
     if found is None:
         return "distributed: 1 process (no VLA_*, Slurm, TPU pod or JobSet variables that describe more)"
@@ -167,7 +170,7 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
             try:
                 socket.create_server(("", int(port))).close()
             except OSError as e:
-                raise UserError(
+                raise PassingError(
                     f"{me} cannot listen on port {port}: {e.strerror}. Stop what holds the port, or choose another on every process."
                 ) from None
     failed: list[Exception] = []
@@ -182,7 +185,7 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
     thread.start()
     thread.join(timeout_s)
     if failed:
-        raise UserError(f"{me} could not join the others: {failed[0]}") from failed[0]
+        raise PassingError(f"{me} could not join the others: {failed[0]}") from failed[0]
     if thread.is_alive():
         if found.index > 0:
             try:
@@ -190,11 +193,8 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
                 hint = "The coordinator answers, but another process has not come: see the others' logs."
             except OSError as e:
                 hint = f"Nothing answers at the coordinator ({e}). Does process 0 run there, and is the port open?"
-        raise UserError(
-            f"{me} has waited {timeout_s:g} s for processes 0 to {found.count - 1}. {hint}"
-            if found.coordinator
-            else f"{me} has waited {timeout_s:g} s for the others. {hint}"
-        )
+        whom = f"processes 0 to {found.count - 1}" if found.coordinator else "the others"
+        raise PassingError(f"{me} has waited {timeout_s:g} s for {whom} (VLA_CONNECT_S). {hint}")
 
 
 def several() -> bool:
@@ -243,6 +243,7 @@ def agree(name: str, digest: str) -> None:
 
 
 PACKAGES = ("vla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "sentencepiece")
+PACKAGES += ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "opencv-python-headless", "simplejpeg", "pillow")  # compile; make pixels
 
 
 def sources_digest(package: Path = Path(__file__).parent) -> str:
@@ -283,8 +284,8 @@ def _one_of_each(values: list) -> list[int]:
 
 @contextlib.contextmanager
 def together(doing: str) -> Iterator[None]:
-    """A block that every process runs; all leave it together. What goes wrong on one is raised on all as a UserError, so that
-    none waits for a process that has ended."""
+    """A block that every process runs; all leave it together. What goes wrong on one is raised on all, so that none waits for a process that has
+    ended: as a UserError where it is one somewhere, else as one that may pass."""
     problem: BaseException | None = None
     try:
         yield
@@ -294,12 +295,15 @@ def together(doing: str) -> Iterator[None]:
         import numpy as np
         from jax.experimental import multihost_utils
 
+        wrong = isinstance(problem, OSError) and problem.filename is not None and problem.errno in WRONG_PATH
+        final = wrong or isinstance(problem, UserError) and not isinstance(problem, PassingError)
         text = f"{type(problem).__name__}: {problem}" if problem and not isinstance(problem, UserError) else str(problem or "")
-        line = np.frombuffer(text.encode()[:2000].ljust(2000, b"\0"), np.uint8)
+        line = np.frombuffer((b"2" if final else b"1" if problem else b"0") + text.encode()[:2000].ljust(2000, b"\0"), np.uint8)
         said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in np.asarray(multihost_utils.process_allgather(line))]
-        if problem is None and any(said):
-            first = next(i for i, t in enumerate(said) if t)
-            raise UserError(f"{doing} failed on process {first}: {said[first]}")
+        worst = max(said, key=lambda t: t[0])  # the first of those
+        if worst[0] == "2" and not final or worst[0] == "1" and problem is None:
+            kind = UserError if worst[0] == "2" else PassingError
+            raise kind(f"{doing} failed on process {said.index(worst)}: {worst[1:]}") from problem
     if problem is not None:
         raise problem
 

@@ -276,6 +276,7 @@ def _skypilot(m: Machines, o: Options) -> Launch:
         if m.slices > 1:
             raise UserError(f"launch skypilot makes one slice, and {m.kind}-{m.chips} is {m.slices}: jobset, xpk")
         name = {"v5e": "v5litepod", "tpu7x": "tpu7x"}.get(m.kind, m.kind)
+        made["num_nodes"] = 1  # a slice, whatever its hosts
         made["resources"] |= {
             "accelerators": f"tpu-{name}-{m.cloud_type.rpartition('-')[2]}:1",
             "accelerator_args": {"runtime_version": _RUNTIME[m.kind]},

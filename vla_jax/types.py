@@ -7,6 +7,7 @@ Letters used in shapes throughout: `b` rows, `n` sequence, `g` samples (segments
 from __future__ import annotations
 
 import dataclasses
+import errno
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # `vla-jax --help` waits for nothing
@@ -15,6 +16,28 @@ if TYPE_CHECKING:  # `vla-jax --help` waits for nothing
 
 class UserError(Exception):
     """What went wrong, where, and what to do, in one message. The CLI prints it alone and exits with 2."""
+
+
+# errno of what a wrong path gives; others, such as a stale handle of a network's storage, may be gone at the next start
+WRONG_PATH = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EEXIST,
+        errno.EROFS,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EINVAL,
+    )
+)
+
+
+class PassingError(UserError):
+    """What may be gone when the same command is started again: a peer that is late, a store that does not answer. The CLI prints it alone, too,
+    and exits with 1, after which restarters start again; after 2 they do not."""
 
 
 class Interrupted(Exception):

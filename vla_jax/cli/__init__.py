@@ -11,7 +11,7 @@ from vla_jax import __version__, config, distributed
 from vla_jax.cli import bench, data, deploy, rollouts, runs, tokens
 from vla_jax.cli.arguments import Parser
 from vla_jax.console import say
-from vla_jax.types import Interrupted, UserError
+from vla_jax.types import WRONG_PATH, Interrupted, PassingError, UserError
 
 
 def program() -> int:
@@ -32,7 +32,7 @@ def program() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, or stopped on request and saved (VLA_RESUMABLE_EXIT: another one for that); 2 the user's error (one message,
-    no traceback); 1 ours."""
+    no traceback); 1 ours, or one that may pass (one message)."""
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # `vla-jax data list | head`
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         return _resumable()
     except UserError as e:
         print(f"vla-jax: {e}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(e, PassingError) else 2
     except OSError as e:
-        if e.filename is None:  # not about a path that somebody named
+        if e.filename is None or e.errno not in WRONG_PATH:  # not about a path that somebody named
             raise
         print(f"vla-jax: {e.filename}: {e.strerror}. Check the path and its permissions.", file=sys.stderr)
         return 2

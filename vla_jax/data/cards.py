@@ -80,7 +80,13 @@ def load(name: str) -> DatasetCard:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a key stand twice and keeps the last; in a card or a mixture that is a slip."""
+    """YAML lets a key stand twice and keeps the last; in a card or a mixture that is a slip. An alias is never needed there, and a few of them
+    unfold to more than memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

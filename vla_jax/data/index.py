@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,8 @@ def open_index(card: DatasetCard, place: Store, path: Path, *, max_skipped: floa
         shards = [(str(name), known) for name, known in meta["shards"]]
         skipped, filtered, digest = dict(meta["skipped"]), dict(meta["filtered"]), str(meta["digest"])
         expected, surplus = int(meta["expected"]), int(meta["surplus"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        _fits(card, place, [name for name, _ in shards], int(meta["frames"]), arrays)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, SyntaxError, tokenize.TokenError) as e:
         raise UserError(f"index {path} is damaged ({e}). Delete the folder to index again.") from e
     missing, identity = set(), place.identities([name for name, _ in shards])
     for number, (name, known) in enumerate(shards):
@@ -169,6 +171,35 @@ def open_index(card: DatasetCard, place: Store, path: Path, *, max_skipped: floa
         surplus=surplus,
         **arrays,
     )
+
+
+def _fits(card: DatasetCard, place: Store, names: list[str], frames: int, arrays: dict[str, np.ndarray]) -> None:
+    """Shards are those of the dataset, and nothing outside of it; arrays are as long as they must be, and point into one another. Raises: ValueError."""
+    listed = [name for split in card.splits for name in rlds.shards(place, split)]
+    if names != listed:
+        raise ValueError(f"its shards are not those of {place}: {next(iter(set(names) ^ set(listed)), 'in another order')}")
+    start, shard = arrays["episode_start"], arrays["episode_shard"]
+    episodes = (len(shard),)
+    wide = {"action": (frames, len(card.action.dims)), "state": (frames, len(card.state.dims)), "image": (frames, len(card.views), 2)}
+    wide |= {"language": (frames,), "episode_start": (len(shard) + 1,), "episode_shard": episodes, "episode_offset": episodes}
+    for key, shape in (wide | {"episode_crc": episodes}).items():
+        if arrays[key].shape != shape:
+            raise ValueError(f"{key} has shape {arrays[key].shape}, not {shape}")
+    if (
+        start[0] != 0
+        or start[-1] != frames
+        or (np.diff(start) < 0).any()
+        or shard.size
+        and not 0 <= shard.min() <= shard.max() < len(names)
+    ):
+        raise ValueError("its episodes lie outside of it")
+    for key, of in (("text_start", "text"), ("set_start", "set_text")):
+        ends = arrays[key]
+        if ends.ndim != 1 or not ends.size or ends[0] != 0 or ends[-1] != arrays[of].size or (np.diff(ends) < 0).any():
+            raise ValueError(f"{key} does not divide {of}")
+    texts = arrays["set_text"]
+    if texts.size and not 0 <= texts.min() <= texts.max() < len(arrays["text_start"]) - 1:
+        raise ValueError("set_text names texts that are not there")
 
 
 def _spot_check(path: Path, place: Store, names: list[str], missing: set[int], arrays: dict[str, np.ndarray]) -> None:

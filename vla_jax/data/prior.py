@@ -119,6 +119,15 @@ def _check_there(folder: Path) -> None:
         )
 
 
+def fingerprint(name: str) -> str:
+    """Of what model.init names: of the checksums that an export has; of weights of others the names and sizes of all files. "" where nothing is there."""
+    folder = Path(name).expanduser()
+    if (folder / "SHA256SUMS").is_file():
+        return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()
+    files_of = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+    return hashlib.sha256(json.dumps(files_of).encode()).hexdigest() if files_of else ""
+
+
 def load(folder) -> Prior | None:
     """folder: a name, or a path of any kind that reads as pathlib's do (a workdir may be in a bucket). None where it is no exported
     policy: weights of others bring no robots. Raises: UserError for a damaged one, and for a name under which there is neither."""

@@ -25,10 +25,13 @@ from vla_jax.config import Train
 from vla_jax.console import say
 from vla_jax.train import checksums
 from vla_jax.train import workdir as workdirs
-from vla_jax.types import TrainState, UserError
+from vla_jax.types import PassingError, TrainState, UserError
 
 _SOON = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "UNAUTHENTICATED", "PERMISSION_DENIED")  # TensorStore's
 _SOON_ERRNO = (errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH)
+
+
+_CONTENTS = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, EOFError)
 
 
 class Damaged(Exception):
@@ -96,6 +99,20 @@ class Checkpointer:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def agreed(self, wait_s: float = 60.0) -> list[int]:
+        """The steps that any process sees. Every process calls it, and returns once it sees them all: a network's folder may be listed late.
+        Raises: PassingError on all of them when one does not."""
+        steps, until = sorted(set().union(*distributed.gather_json(self.steps()))), time.monotonic() + wait_s
+        with distributed.together("looking for checkpoints"):
+            while missing := set(steps) - set(self.steps()):
+                if time.monotonic() > until:
+                    raise PassingError(
+                        f"another process sees the steps {sorted(missing)} in {self.path}, and this one has not for {wait_s:.0f} s"
+                    )
+                time.sleep(0.5)
+                self._manager.reload()
+        return steps
+
     def save(self, step: int, state: TrainState, meta: Meta, loss: float | None = None) -> None:
         """loss: held out, at this step, where it is known. Every process calls it. Waits for the step before."""
         self.wait()
@@ -128,15 +145,16 @@ class Checkpointer:
         with contextlib.suppress(Exception):  # what it still writes of this step would come back after it is removed
             self._manager.wait_until_finished()
         here, first = self.path / str(step), next(iter(str(problem).splitlines()), "")
-        if distributed.broadcast_json(distributed.is_main() and _finished(here)):
+        finished = distributed.broadcast_json(_finished(here) if distributed.is_main() else None)
+        if finished:
             say(  # what failed came after it: Orbax removes old steps in the same breath
                 f"checkpoint {here} is written; an older one could not be removed ({type(problem).__name__}: {first[-300:]}): remove it by hand."
             )
             self._replace()
             return
         if distributed.is_main():
-            for left in (*self.path.glob(f"{step}.orbax-checkpoint-tmp*"), here):
-                with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):
+                for left in (*self.path.glob(f"{step}.orbax-checkpoint-tmp*"), *([here] if finished is False else [])):  # it may be whole
                     left.rmtree(missing_ok=True)
         distributed.barrier(f"gave up step {step}")
         self._replace()
@@ -185,21 +203,26 @@ class Checkpointer:
         return TrainState(**cast(tree))
 
     def _whole(self, step: int, read: Callable[[], Any]) -> Any:
-        """What `read` returns, on every process. What goes wrong on one is raised on all, so that none waits for it: Damaged; or OSError
+        """What `read` returns, on every process. What goes wrong on one is raised on all, so that none waits for it: Damaged; or PassingError
         where storage did not answer, or memory did not suffice, also when asked again: that says nothing about the step."""
         for pause_s in (1, 5, None):
             problem, soon, found = None, False, None
             try:
                 found = read()
             except Exception as e:  # a damaged file makes Orbax and TensorStore raise many kinds
-                problem, soon = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')[:200]}", _passes(e)
+                problem, soon = (
+                    f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')[:200]}",
+                    _passes(e, remote=workdirs.is_remote(self.path)),
+                )
             told = [t for t in distributed.gather_json([problem, soon]) if t[0]]
             if not told:
                 return found
             if damage := next((why for why, passes in told if not passes), None):
                 raise Damaged(f"checkpoint {self.path}/{step} is damaged, or was not written by vla_jax ({damage})")
             if pause_s is None:
-                raise OSError(f"checkpoint {self.path}/{step} cannot be read now ({told[0][0]}). Start again: the run goes on from it.")
+                raise PassingError(
+                    f"checkpoint {self.path}/{step} cannot be read now ({told[0][0]}). Start again: the run goes on from it."
+                )
             time.sleep(pause_s)
 
     def _verify(self, step: int, tree: dict, sums: dict[str, int]) -> None:
@@ -284,18 +307,22 @@ def host_arrays(workdir: str | os.PathLike, step: int) -> dict[str, np.ndarray]:
     return checksums.flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=how)))
 
 
-def _finished(step: epath.Path) -> bool:
+def _finished(step: epath.Path) -> bool | None:
+    """None: the store does not say."""
     try:
         return step.exists() and ocp.utils.is_checkpoint_finalized(step)
     except Exception:  # of a store, many kinds
-        return False
+        return None
 
 
-def _passes(problem: Exception) -> bool:
-    """Whether it may be gone when asked again, and says nothing about what was written."""
+def _passes(problem: Exception, *, remote: bool) -> bool:
+    """Whether it may be gone when asked again, and says nothing about what was written. Of a store's errors only those that contents give do:
+    what cannot be read as what it should be, and what is not there; a network has too many kinds of its own to be listed."""
     text, number = str(problem), getattr(problem, "errno", None)
     kinds = (ConnectionError, TimeoutError, MemoryError, PermissionError)
-    return isinstance(problem, kinds) or number in _SOON_ERRNO or any(word in text for word in _SOON)
+    if isinstance(problem, kinds) or number in _SOON_ERRNO or any(word in text for word in _SOON):
+        return True
+    return remote and not isinstance(problem, _CONTENTS)
 
 
 def _tree(state: TrainState) -> dict:

@@ -51,7 +51,7 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, where=where)
     sharding.check_batch(config.pack.rows, mesh, parts=config.train.accumulate, where=where)
     patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
-    started = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+    started = any(distributed.gather_json(any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))))
     begun = workdir / "init"  # what a policy in model.init brought along; a run that has started needs that folder no more
     first = prior.load(begun if started else config.model.init) if started or config.model.init else None
     if first:

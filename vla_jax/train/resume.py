@@ -11,9 +11,11 @@ from etils import epath
 from vla_jax import config as configs
 from vla_jax import distributed
 from vla_jax.console import say
+from vla_jax.data import prior
 from vla_jax.tokens import files
+from vla_jax.train import workdir as workdirs
 from vla_jax.train.checkpoint import Checkpointer, Damaged, Meta
-from vla_jax.types import TrainState, UserError
+from vla_jax.types import PassingError, TrainState, UserError
 
 
 def newest(checkpoints: Checkpointer, config: configs.Config, source, abstract: TrainState, where: TrainState, *, set_aside: bool = True):
@@ -21,7 +23,7 @@ def newest(checkpoints: Checkpointer, config: configs.Config, source, abstract: 
     so that they can be written again. source: the opened data.source.Source. Every process calls it. Raises: UserError when the run is
     another one (check_same_run), or when no step is whole."""
     damaged: list[int] = []
-    for step in reversed(checkpoints.steps()):
+    for step in reversed(checkpoints.agreed()):
         try:
             meta = checkpoints.meta(step)
             check_same_run(meta, config, checkpoints.path, source)
@@ -49,6 +51,7 @@ def remember(config: configs.Config, workdir: epath.Path) -> None:
         old = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         old = None  # not there, or half-written by a process that was killed
+    _same_beginning(config.model.init, workdir)
     if isinstance(old, dict):
         before = configs.from_dict(old, where=str(file))
         check_config(before, config, workdir)
@@ -60,7 +63,21 @@ def remember(config: configs.Config, workdir: epath.Path) -> None:
         try:
             file.write_text(json.dumps(dataclasses.asdict(config), indent=1))
         except Exception as e:  # of a store, many kinds
-            raise UserError(f"{file} cannot be written: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+            kind = PassingError if workdirs.is_remote(file) else UserError
+            raise kind(f"{file} cannot be written: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+
+
+def _same_beginning(init: str, workdir: epath.Path) -> None:
+    """Notes what model.init holds, wherever it lies. Raises: UserError when the run has begun with something else. A run that has begun needs the
+    folder no more: one that is gone is not asked about."""
+    note, now = workdir / "init.sha256", prior.fingerprint(init) if init else ""
+    if any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*")):
+        if now and now != (note.read_text().strip() if note.exists() else ""):
+            raise UserError(
+                f"the run in {workdir} did not begin with what model.init {init} holds. Use another --workdir, or leave model.init as it was."
+            )
+    elif now and distributed.is_main():
+        note.write_text(now + "\n")
 
 
 def check_config(old: configs.Config, config: configs.Config, where: epath.Path) -> None:

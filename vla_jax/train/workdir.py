@@ -17,7 +17,7 @@ from etils import epath
 
 from vla_jax import distributed, paths
 from vla_jax.console import say
-from vla_jax.types import UserError
+from vla_jax.types import PassingError, UserError
 
 
 def place(name: str | os.PathLike) -> epath.Path:
@@ -37,7 +37,8 @@ def place(name: str | os.PathLike) -> epath.Path:
 
 
 def open_(name: str | os.PathLike) -> epath.Path:
-    """`place`, for a run that is to be written: its folder is made, or its store asked. Raises: UserError when that fails."""
+    """`place`, for a run that is to be written: its folder is made, or its store asked. Raises: UserError when that fails, PassingError where a
+    store does not answer."""
     found = place(name)
     try:
         if not is_remote(found):
@@ -46,7 +47,8 @@ def open_(name: str | os.PathLike) -> epath.Path:
             (found / "config.json").exists()  # no mkdir, which would make a misspelt bucket
     except Exception as e:  # of credentials and connections, many kinds
         if is_remote(found):
-            raise UserError(f"workdir {found} cannot be reached: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+            kind = UserError if isinstance(e, FileNotFoundError | PermissionError) or "403" in str(e) else PassingError
+            raise kind(f"workdir {found} cannot be reached: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
         if not isinstance(e, OSError):
             raise
         raise UserError(f"workdir {found} cannot be made: {e.strerror}. Name a folder that may be written.") from e
