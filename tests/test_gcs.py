@@ -39,7 +39,7 @@ def run(args, env, expect=0) -> str:
 
 def train(tabletop, folder, place, env, *, processes, steps, expect=0, more=()) -> str:
     """Each process has a cache, and so a local folder, of its own, as on machines of its own."""
-    pairs = {"data.root": tabletop, "data.index_dir": folder / "index", "model.preset": "tiny", "pack.group": 2}
+    pairs = {"data.root": tabletop, "model.preset": "tiny", "pack.group": 2}
     pairs |= {"train.steps": steps, "train.save_every": 2, "train.log_every": 1, "train.eval_batches": 1}
     command = [sys.executable, "-m", "vla_jax.cli", "train", "--config=configs/demo.py", f"--workdir={place}"]
     command += [f"--config.{k}={v}" for k, v in pairs.items()] + list(more)

@@ -20,7 +20,16 @@ def test_against_the_expectation():
     """Unannounced failures lose half a cycle and the save that was under way, and wait to be noticed and started again; announced
     ones lose nothing and wait for their save. Over many weeks."""
     fleet = Fleet(
-        hosts=32, mtbf_h=400.0, announced=0.5, step_s=1.0, save_every=1000, stall_s=5.0, save_s=60.0, detect_s=100.0, restart_s=300.0
+        hosts=32,
+        mtbf_h=400.0,
+        announced=0.5,
+        step_s=1.0,
+        save_every=1000,
+        stall_s=5.0,
+        save_s=60.0,
+        detect_s=100.0,
+        restart_s=300.0,
+        notice_s=60.0,
     )
     found = [simulate(fleet, seed=s) for s in range(1500)]
     mean, cycle = 400 * 3600 / 32, 1005.0
@@ -32,6 +41,13 @@ def test_against_the_expectation():
     assert hours * 3600 == pytest.approx(lost * 1000 / cycle, rel=0.03)
     for f in found:
         assert f["goodput"] * 168 + f["lost_h"] + f["waiting_h"] == pytest.approx(168)
+
+
+def test_a_notice_that_is_too_short_for_a_save_saves_nothing():
+    long, short, none = (Fleet(announced=a, notice_s=n, save_s=60.0, mtbf_h=200.0) for a, n in ((1.0, 60.0), (1.0, 59.0), (0.0, 60.0)))
+    assert simulate(long)["lost_h"] == 0 < simulate(short)["lost_h"] and simulate(short)["goodput"] < simulate(long)["goodput"]
+    gone = [np.mean([simulate(f, seed=s)["lost_h"] for s in range(60)]) for f in (short, none)]
+    assert gone[0] == pytest.approx(gone[1], rel=0.15)
 
 
 def test_youngs_interval_is_about_the_best():

@@ -21,7 +21,9 @@ from vla_jax.types import UserError
 class Data:
     root: str = ""  # folder or URL that holds <dataset>/<version>/; empty: what VLA_DATA_ROOT says
     mixture: str = ""  # name in data/mixtures, a path to one, or the name of a single card
-    index_dir: str = ""  # where step indexes are kept; empty: the user's cache folder
+    index_dir: str = (
+        ""  # where step indexes are kept, a folder or gs://; empty: the user's cache folder, of a run at gs://x/runs/a gs://x/runs/index
+    )
     holdout: float = 0.1  # fraction of episodes never trained on; evaluation reads only these
     chunk_s: float = 1.0  # an action chunk spans this time, so robots differ in its number of steps
     max_chunk: int = 50  # steps; caps chunk_s * control_hz

@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import paths
-from .types import WRONG_PATH, PassingError, UserError
+from .types import WRONG_PATH, UserError, may_pass
 
 
 class Cluster(NamedTuple):
@@ -122,7 +124,7 @@ def first_host(nodelist: str) -> str:
 
 def initialize(*, timeout_s: float = 300) -> str:
     """Connects the processes that the environment describes, before any use of jax. Returns a line for the log. timeout_s: unless VLA_CONNECT_S
-    says how long to wait for the others. Raises: UserError where the environment does not hold together, PassingError where others do not come."""
+    says how long to wait for the others. Raises: UserError, one that passes where others do not come."""
     if os.environ.get("VLA_CONNECT_S"):
         timeout_s = _number(os.environ, "VLA_CONNECT_S", 1)
     found = find(os.environ)
@@ -170,7 +172,7 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
             try:
                 socket.create_server(("", int(port))).close()
             except OSError as e:
-                raise PassingError(
+                raise may_pass(
                     f"{me} cannot listen on port {port}: {e.strerror}. Stop what holds the port, or choose another on every process."
                 ) from None
     failed: list[Exception] = []
@@ -185,7 +187,7 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
     thread.start()
     thread.join(timeout_s)
     if failed:
-        raise PassingError(f"{me} could not join the others: {failed[0]}") from failed[0]
+        raise may_pass(f"{me} could not join the others: {failed[0]}") from failed[0]
     if thread.is_alive():
         if found.index > 0:
             try:
@@ -194,7 +196,7 @@ def _connect(connect: Any, found: Cluster, timeout_s: float) -> None:
             except OSError as e:
                 hint = f"Nothing answers at the coordinator ({e}). Does process 0 run there, and is the port open?"
         whom = f"processes 0 to {found.count - 1}" if found.coordinator else "the others"
-        raise PassingError(f"{me} has waited {timeout_s:g} s for {whom} (VLA_CONNECT_S). {hint}")
+        raise may_pass(f"{me} has waited {timeout_s:g} s for {whom} (VLA_CONNECT_S). {hint}")
 
 
 def several() -> bool:
@@ -296,16 +298,36 @@ def together(doing: str) -> Iterator[None]:
         from jax.experimental import multihost_utils
 
         wrong = isinstance(problem, OSError) and problem.filename is not None and problem.errno in WRONG_PATH
-        final = wrong or isinstance(problem, UserError) and not isinstance(problem, PassingError)
+        final = wrong or isinstance(problem, UserError) and not problem.passes
         text = f"{type(problem).__name__}: {problem}" if problem and not isinstance(problem, UserError) else str(problem or "")
         line = np.frombuffer((b"2" if final else b"1" if problem else b"0") + text.encode()[:2000].ljust(2000, b"\0"), np.uint8)
         said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in np.asarray(multihost_utils.process_allgather(line))]
         worst = max(said, key=lambda t: t[0])  # the first of those
         if worst[0] == "2" and not final or worst[0] == "1" and problem is None:
-            kind = UserError if worst[0] == "2" else PassingError
+            kind = UserError if worst[0] == "2" else may_pass
             raise kind(f"{doing} failed on process {said.index(worst)}: {worst[1:]}") from problem
     if problem is not None:
         raise problem
+
+
+def blind(folder: Any, wait_s: float) -> list[int]:
+    """The processes that do not see within wait_s what process 0 writes into `folder`, a path: none where it is the same place for all. Every process
+    calls it; a network's folder may be listed late. Raises: UserError."""
+    if process_count() == 1:
+        return []
+    file = folder / f".shared-{broadcast_json(secrets.token_hex(8))}"
+    with together(f"opening {folder}"):
+        if is_main():
+            file.write_text("Here for a moment, to see that all processes share this folder.")
+    try:
+        with together(f"opening {folder}"):
+            until = time.monotonic() + wait_s
+            while not (seen := file.exists()) and time.monotonic() < until:
+                time.sleep(0.2)
+        return [i for i, sees in enumerate(gather_json(seen)) if not sees]
+    finally:
+        if is_main():
+            file.unlink()
 
 
 def broadcast_json(value: Any = None) -> Any:

@@ -11,6 +11,8 @@ from vla_jax import __version__
 from vla_jax.types import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
+# epath, through which Orbax and we reach gs://, would load TensorFlow wherever that is installed: it decides on its first path.
+os.environ.setdefault("EPATH_USE_TF", "0")
 
 
 def assets(kind: str) -> Path:
@@ -40,6 +42,23 @@ def find(kind: str, name: str) -> Path:
     have = sorted(p.name for p in folder.glob("*") if p.is_file()) if folder.is_dir() else []
     places = " nor ".join(dict.fromkeys(str(p) for p in tried))
     raise UserError(f"no file {places}." + (f" There are: {', '.join(have)}." if have else ""))
+
+
+def place(name: str | os.PathLike, what: str):
+    """A folder, or gs://bucket/path, as an absolute etils.epath.Path, whose methods are pathlib's. what: it is, for messages. Raises: UserError for a
+    URL of another store than gs://, or without gcsfs."""
+    from etils import epath
+
+    text = os.fspath(name)
+    if "://" not in text:
+        return epath.Path(text).expanduser().resolve()
+    if not text.startswith("gs://"):
+        raise UserError(f"{what} {text}: it is kept in a folder or at gs://bucket/path; for another store, mount it and name the folder.")
+    try:
+        import gcsfs  # noqa: F401, what epath calls
+    except ImportError as e:
+        raise UserError(f"{what} {text} needs gcsfs: pip install 'vla-jax[gcs]', or mount the bucket and name the folder.") from e
+    return epath.Path(text.rstrip("/"))
 
 
 def cache_dir() -> Path:

@@ -15,7 +15,16 @@ if TYPE_CHECKING:  # `vla-jax --help` waits for nothing
 
 
 class UserError(Exception):
-    """What went wrong, where, and what to do, in one message. The CLI prints it alone and exits with 2."""
+    """What went wrong, where, and what to do, in one message. The CLI prints it alone and exits with 2, after which restarters do not start again;
+    with 1, after which they do, where it `passes`: it may be gone then, as a peer that is late or a store that does not answer."""
+
+    def __init__(self, message: str = "", *, passes: bool = False):
+        super().__init__(message)
+        self.passes = passes
+
+
+def may_pass(message: str) -> UserError:
+    return UserError(message, passes=True)
 
 
 # errno of what a wrong path gives; others, such as a stale handle of a network's storage, may be gone at the next start
@@ -33,11 +42,6 @@ WRONG_PATH = frozenset(
         errno.EINVAL,
     )
 )
-
-
-class PassingError(UserError):
-    """What may be gone when the same command is started again: a peer that is late, a store that does not answer. The CLI prints it alone, too,
-    and exits with 1, after which restarters start again; after 2 they do not."""
 
 
 class Interrupted(Exception):

@@ -11,13 +11,15 @@ from vla_jax.types import UserError
 @dataclasses.dataclass(frozen=True)
 class Fleet:
     """hosts, each of which fails once in mtbf_h hours on average, at times that know nothing of one another; `announced` is the share of
-    failures before which all processes are told to save. step_s: of a step; stall_s: what the loop waits for a save; save_s: from its
+    failures before which all processes are told to save, notice_s before the machine goes (30 on spot machines of Google Cloud; up to 300, if the pod
+    is asked to leave): a save that takes longer saves nothing. step_s: of a step; stall_s: what the loop waits for a save; save_s: from its
     beginning until it is whole; detect_s: until the others notice that a host is gone; restart_s: from then to the first step again
     (new machines, start, restore, first batch, compiled programs from the cache)."""
 
     hosts: int = 64
     mtbf_h: float = 2000.0
     announced: float = 0.8
+    notice_s: float = 30.0
     step_s: float = 0.37
     save_every: int = 1000
     stall_s: float = 1.0
@@ -50,7 +52,7 @@ def simulate(fleet: Fleet, *, days: float = 7.0, seed: int = 0) -> dict:
             kept += worked
             break
         failures += 1
-        if rng.random() < fleet.announced:
+        if rng.random() < fleet.announced and fleet.notice_s >= fleet.save_s:
             safe, waited = worked, fleet.save_s
         else:  # a save counts once it is whole
             whole = math.floor(max(up - fleet.save_s, 0) / cycle)
@@ -58,6 +60,7 @@ def simulate(fleet: Fleet, *, days: float = 7.0, seed: int = 0) -> dict:
         kept, lost = kept + safe, lost + worked - safe
         now += waited + fleet.restart_s + (rng.exponential(fleet.restart_s) if rng.random() < 1 - math.exp(-fleet.restart_s / mean) else 0)
     goodput = kept / end
-    young = math.sqrt(2 * fleet.stall_s * mean / max(1 - fleet.announced, 1e-9)) / fleet.step_s
+    unsaved = 1 - (fleet.announced if fleet.notice_s >= fleet.save_s else 0)
+    young = math.sqrt(2 * fleet.stall_s * mean / max(unsaved, 1e-9)) / fleet.step_s
     waiting = (end - kept - lost) / 3600
     return {"goodput": goodput, "failures": failures, "lost_h": lost / 3600, "waiting_h": waiting, "daly_steps": round(young)}

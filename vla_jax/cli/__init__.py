@@ -11,7 +11,7 @@ from vla_jax import __version__, config, distributed
 from vla_jax.cli import bench, data, deploy, rollouts, runs, tokens
 from vla_jax.cli.arguments import Parser
 from vla_jax.console import say
-from vla_jax.types import WRONG_PATH, Interrupted, PassingError, UserError
+from vla_jax.types import WRONG_PATH, Interrupted, UserError
 
 
 def program() -> int:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return _resumable()
     except UserError as e:
         print(f"vla-jax: {e}", file=sys.stderr)
-        return 1 if isinstance(e, PassingError) else 2
+        return 1 if e.passes else 2
     except OSError as e:
         if e.filename is None or e.errno not in WRONG_PATH:  # not about a path that somebody named
             raise

@@ -5,6 +5,7 @@ arrays that index.py opens. A scan cut short goes on with the shards that it has
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,45 +13,87 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from vla_jax import distributed
-from vla_jax.data import cards, index, rlds, scan, stats
+from vla_jax.console import say
+from vla_jax.data import cards, index, rlds, scan, shelves, stats
 from vla_jax.data.cards import DatasetCard
 from vla_jax.data.store import Store
 from vla_jax.types import UserError
 
 _IN_PROCESS = 64 << 20  # bytes below which a scan starts no processes
+_LATE_S = 10.0  # by which a network's folder may be listed late
+_PARTS = 256  # after so many a host gives them away, so that a machine that is taken has not scanned for nothing
 
 
 def ensure(
     card: DatasetCard, root: str, index_dir: str = "", *, holdout: float = 0.1, max_skipped: float = 0.1, workers: int = 0, progress=None
 ) -> index.StepIndex:
     """Opens the index of a card's dataset below `root`, scanning the dataset first if there is none: its shards are shared out
-    among the hosts, each scans its own with several processes, and the first host merges. `index_dir` must be a folder that
-    all of them see.
+    among the hosts, each scans its own with several processes, and the first host merges. `index_dir`: a folder that all of them
+    see; gs://bucket/path, of which each keeps a copy in its cache; or folders of their own, for which each scans everything.
 
     holdout: the fraction of episodes that the statistics, made in the same pass, leave out. progress(iterable, total) shows
     shards as they are done. Raises: UserError, on every host, when data or card are at fault, or more than `max_skipped` of the
     episodes are bad.
     """
-    share = distributed.process_index(), distributed.process_count()
     with distributed.together(f"indexing {card.name}"):
         place = rlds.dataset_dir(root, card.name, card.version)
         cards.check(card, place)
         path = index.location(card, place, index_dir)
-        have = (path / "meta.json").is_file()
-    with distributed.together(f"scanning {card.name}"):
-        if not have:
-            scan_shards(card, place, path, workers=workers, share=share, progress=progress)
-    with distributed.together(f"merging {card.name}"):
-        if not have and distributed.is_main():
-            merge(card, place, path, holdout=holdout)
+        shelf = shelves.Shelf.of(index_dir, path)
+        if shelf:
+            shelf.fetch()
+        path.parent.mkdir(parents=True, exist_ok=True)
+    have = distributed.gather_json((path / "meta.json").is_file())
+    if not all(have):
+        make = {"holdout": holdout, "workers": workers, "progress": progress}
+        _build(card, place, path, have, shelf, **make)
     with distributed.together(f"opening {card.name}"):
-        found = index.open_index(card, place, path, max_skipped=max_skipped)
-    return found
+        try:
+            return index.open_index(card, place, path, max_skipped=max_skipped)
+        except UserError as e:
+            raise (UserError(f"{e} It is a copy of {shelf.there}, which is to be deleted, too.") if shelf else e) from None
+
+
+def _build(
+    card: DatasetCard, place: Store, path: Path, have: list[bool], shelf: shelves.Shelf | None, *, holdout, workers, progress
+) -> None:
+    """The index, on all hosts. have: which of them have it already, as a copy of their own or because they list the folder sooner."""
+    me, hosts, main = distributed.process_index(), distributed.process_count(), distributed.is_main()
+    scan = functools.partial(scan_shards, card, place, path, workers=workers, progress=progress)
+    if shelf:  # a bucket: parts and index pass through it
+        with distributed.together(f"scanning {card.name}"):
+            while not any(have) and scan(share=(me, hosts), but=shelf.parts(), most=_PARTS):
+                shelf.give_parts(_parts(path))
+        with distributed.together(f"merging {card.name}"):
+            if main and not any(have):
+                shelf.fetch_parts(_parts(path))
+                merge(card, place, path, holdout=holdout)
+            if me == (have.index(True) if any(have) else 0):
+                shelf.give()
+        with distributed.together(f"fetching the index of {card.name}"):
+            shelf.fetch()
+        return
+    unseen = distributed.blind(path.parent, _LATE_S)
+    if unseen and main:
+        say(
+            f"{path.parent} is another folder on each host: each indexes all of {card.name} by itself. With storage that all see, or gs://bucket/path, as "
+            "data.index_dir they share the work, and the next machines find it done."
+        )
+    with distributed.together(f"scanning {card.name}"):
+        if unseen and not have[me] or not unseen and not any(have):
+            scan(share=(0, 1) if unseen else (me, hosts))
+    with distributed.together(f"merging {card.name}"):
+        if unseen and not have[me] or not unseen and not any(have) and main:
+            merge(card, place, path, holdout=holdout)
+    until = time.monotonic() + _LATE_S
+    while not (path / "meta.json").is_file() and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 def todo(card: DatasetCard, place: Store) -> list[tuple[int, str, int]]:
@@ -59,16 +102,26 @@ def todo(card: DatasetCard, place: Store) -> list[tuple[int, str, int]]:
     return [(i, name, n) for i, (name, n) in enumerate(listed)]
 
 
-def scan_shards(card: DatasetCard, place: Store, path: Path, *, workers: int = 0, share: tuple[int, int] = (0, 1), progress=None) -> None:
-    """Leaves a part for every shard of this host's share (host, hosts) that is there and has none yet.
+def scan_shards(
+    card: DatasetCard,
+    place: Store,
+    path: Path,
+    *,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+    progress=None,
+    but: Collection[int] = (),
+    most: int | None = None,
+) -> int:
+    """Leaves a part for every shard of this host's share (host, hosts) that is there and has none yet; of `most` of them. Returns how many it made.
 
-    workers: processes to use; 0: one a core, none for a small dataset.
+    workers: processes to use; 0: one a core, none for a small dataset. but: shards that have a part elsewhere.
     """
     parts = _parts(path)
     parts.mkdir(parents=True, exist_ok=True)
-    done = {int(p.stem) for p in parts.glob("*.npz")}
+    done = {int(p.stem) for p in parts.glob("*.npz")} | set(but)
     there = set(place.names())
-    jobs = [job for job in todo(card, place)[share[0] :: share[1]] if job[1] in there and job[0] not in done]
+    jobs = [job for job in todo(card, place)[share[0] :: share[1]] if job[1] in there and job[0] not in done][:most]
     raw = json.loads(json.dumps(dataclasses.asdict(card)))
     show = progress or (lambda steps, total: steps)
     size = sum(place.size(name) or _IN_PROCESS for _, name, _ in jobs)
@@ -78,7 +131,7 @@ def scan_shards(card: DatasetCard, place: Store, path: Path, *, workers: int = 0
         if workers <= 1:
             for job in show(jobs, len(jobs)):
                 scan.Job(raw, place.url, str(parts), [job]).run()
-            return
+            return len(jobs)
         for w in range(workers):
             file = parts / f"job-{share[0]}-{os.getpid()}-{w}.json"
             file.write_text(json.dumps(dataclasses.asdict(scan.Job(raw, place.url, str(parts), jobs[w::workers], os.getpid()))))
@@ -92,6 +145,7 @@ def scan_shards(card: DatasetCard, place: Store, path: Path, *, workers: int = 0
         for process in running:
             process.kill()
             process.wait()
+    return len(jobs)
 
 
 def _done(jobs, parts: Path, running):

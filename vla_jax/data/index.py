@@ -122,7 +122,8 @@ def location(card: DatasetCard, place: Store, index_dir: str) -> Path:
     """The folder of an index: by dataset, and by a digest of card, place and this format, so that none is stale."""
     where = str(place.path.resolve()) if place.path else place.url
     key = hashlib.sha256(f"{FORMAT}|{card.digest}|{where}|".encode() + place.read("dataset_info.json")).hexdigest()[:12]
-    base = Path(index_dir).expanduser() if index_dir else paths.cache_dir() / "index"
+    own = not index_dir or "://" in index_dir  # of a bucket's there is a copy
+    base = paths.cache_dir() / "index" if own else Path(index_dir).expanduser()
     return base / f"{card.name}-{card.version}-{key}"
 
 

@@ -25,7 +25,7 @@ from vla_jax.config import Train
 from vla_jax.console import say
 from vla_jax.train import checksums
 from vla_jax.train import workdir as workdirs
-from vla_jax.types import PassingError, TrainState, UserError
+from vla_jax.types import TrainState, UserError, may_pass
 
 _SOON = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "UNAUTHENTICATED", "PERMISSION_DENIED")  # TensorStore's
 _SOON_ERRNO = (errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH)
@@ -101,12 +101,12 @@ class Checkpointer:
 
     def agreed(self, wait_s: float = 60.0) -> list[int]:
         """The steps that any process sees. Every process calls it, and returns once it sees them all: a network's folder may be listed late.
-        Raises: PassingError on all of them when one does not."""
+        Raises: UserError on all of them when one does not."""
         steps, until = sorted(set().union(*distributed.gather_json(self.steps()))), time.monotonic() + wait_s
         with distributed.together("looking for checkpoints"):
             while missing := set(steps) - set(self.steps()):
                 if time.monotonic() > until:
-                    raise PassingError(
+                    raise may_pass(
                         f"another process sees the steps {sorted(missing)} in {self.path}, and this one has not for {wait_s:.0f} s"
                     )
                 time.sleep(0.5)
@@ -203,7 +203,7 @@ class Checkpointer:
         return TrainState(**cast(tree))
 
     def _whole(self, step: int, read: Callable[[], Any]) -> Any:
-        """What `read` returns, on every process. What goes wrong on one is raised on all, so that none waits for it: Damaged; or PassingError
+        """What `read` returns, on every process. What goes wrong on one is raised on all, so that none waits for it: Damaged; or a UserError that passes
         where storage did not answer, or memory did not suffice, also when asked again: that says nothing about the step."""
         for pause_s in (1, 5, None):
             problem, soon, found = None, False, None
@@ -220,9 +220,7 @@ class Checkpointer:
             if damage := next((why for why, passes in told if not passes), None):
                 raise Damaged(f"checkpoint {self.path}/{step} is damaged, or was not written by vla_jax ({damage})")
             if pause_s is None:
-                raise PassingError(
-                    f"checkpoint {self.path}/{step} cannot be read now ({told[0][0]}). Start again: the run goes on from it."
-                )
+                raise may_pass(f"checkpoint {self.path}/{step} cannot be read now ({told[0][0]}). Start again: the run goes on from it.")
             time.sleep(pause_s)
 
     def _verify(self, step: int, tree: dict, sums: dict[str, int]) -> None:

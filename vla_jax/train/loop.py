@@ -57,7 +57,9 @@ def prepare(config: Config, workdir: str | Path, *, where: str = "config") -> Ru
     if first:
         first.check(config)
     kept = workdir / "action_tokenizer.json"
-    source = open_source(config, tokens_per_image=patches, tokenizer_path=kept, refit=not started, prior=first)
+    source = open_source(
+        workdirs.with_index(config, workdir), tokens_per_image=patches, tokenizer_path=kept, refit=not started, prior=first
+    )
     cfg = state.model_config(config, vocab=source.layout.vocab_size, state_dim=source.shape[2])
     trained = lora.trainable(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))), config.train)  # patterns are checked
     drawn = max(0, source.layout.vocab_size - source.known_rows)

@@ -15,7 +15,7 @@ from vla_jax.data import prior
 from vla_jax.tokens import files
 from vla_jax.train import workdir as workdirs
 from vla_jax.train.checkpoint import Checkpointer, Damaged, Meta
-from vla_jax.types import PassingError, TrainState, UserError
+from vla_jax.types import TrainState, UserError, may_pass
 
 
 def newest(checkpoints: Checkpointer, config: configs.Config, source, abstract: TrainState, where: TrainState, *, set_aside: bool = True):
@@ -63,7 +63,7 @@ def remember(config: configs.Config, workdir: epath.Path) -> None:
         try:
             file.write_text(json.dumps(dataclasses.asdict(config), indent=1))
         except Exception as e:  # of a store, many kinds
-            kind = PassingError if workdirs.is_remote(file) else UserError
+            kind = may_pass if workdirs.is_remote(file) else UserError
             raise kind(f"{file} cannot be written: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
 

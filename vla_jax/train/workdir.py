@@ -6,39 +6,28 @@ written to a folder of this machine and copied whole at every checkpoint; the re
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-import secrets
 import shutil
-import time
 from pathlib import Path
 
 from etils import epath
 
 from vla_jax import distributed, paths
+from vla_jax.config import Config
 from vla_jax.console import say
-from vla_jax.types import PassingError, UserError
+from vla_jax.types import UserError, may_pass
 
 
 def place(name: str | os.PathLike) -> epath.Path:
     """A workdir as an absolute path whose methods are pathlib's. Raises: UserError for a URL of another store than gs://, or without gcsfs."""
-    text = os.fspath(name)
-    if "://" not in text:
-        return epath.Path(text).expanduser().resolve()
-    if not text.startswith("gs://"):
-        raise UserError(
-            f"workdir {text}: a run is kept in a folder or at gs://bucket/path; for another store, mount it and name the folder."
-        )
-    try:
-        import gcsfs  # noqa: F401, what epath calls
-    except ImportError as e:
-        raise UserError(f"workdir {text} needs gcsfs: pip install 'vla-jax[gcs]', or mount the bucket and name the folder.") from e
-    return epath.Path(text.rstrip("/"))
+    return paths.place(name, "workdir")
 
 
 def open_(name: str | os.PathLike) -> epath.Path:
-    """`place`, for a run that is to be written: its folder is made, or its store asked. Raises: UserError when that fails, PassingError where a
-    store does not answer."""
+    """`place`, for a run that is to be written: its folder is made, or its store asked. Raises: UserError when that fails; one that
+    passes where a store does not answer."""
     found = place(name)
     try:
         if not is_remote(found):
@@ -47,7 +36,7 @@ def open_(name: str | os.PathLike) -> epath.Path:
             (found / "config.json").exists()  # no mkdir, which would make a misspelt bucket
     except Exception as e:  # of credentials and connections, many kinds
         if is_remote(found):
-            kind = UserError if isinstance(e, FileNotFoundError | PermissionError) or "403" in str(e) else PassingError
+            kind = UserError if isinstance(e, FileNotFoundError | PermissionError) or "403" in str(e) else may_pass
             raise kind(f"workdir {found} cannot be reached: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
         if not isinstance(e, OSError):
             raise
@@ -57,24 +46,20 @@ def open_(name: str | os.PathLike) -> epath.Path:
 
 def check_shared(found: epath.Path, wait_s: float = 60.0) -> None:
     """Every process calls it. Raises: UserError on all of them when one does not see what process 0 writes there."""
-    if distributed.process_count() == 1:
-        return
-    file = found / f".shared-{distributed.broadcast_json(secrets.token_hex(8))}"
-    with distributed.together("opening the workdir"):
-        if distributed.is_main():
-            file.write_text("Here for a moment, to see that all processes share this workdir.")
-    try:
-        with distributed.together("opening the workdir"):
-            until = time.monotonic() + wait_s  # a network's folder may be listed late
-            while not file.exists():
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"{found} is not the same place on all hosts: what process 0 wrote there is not here after {wait_s:.0f} s. Name shared storage."
-                    )
-                time.sleep(0.2)
-    finally:
-        if distributed.is_main():
-            file.unlink()
+    blind = distributed.blind(found, wait_s)
+    if blind:
+        raise UserError(
+            f"{found} is not the same place on all hosts: what process 0 wrote there was not seen by process {blind[0]} within {wait_s:.0f} s. "
+            "Name shared storage."
+        )
+
+
+def with_index(config: Config, found: epath.Path) -> Config:
+    """Of a run in a bucket the indexes are kept in the folder index/ beside it, unless data.index_dir says otherwise: the hosts share no disk, and the
+    machines of the next start have none of this one's."""
+    if not is_remote(found) or config.data.index_dir:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, index_dir=f"{os.fspath(found.parent)}/index"))
 
 
 def is_run(found: epath.Path) -> None:
