@@ -31,8 +31,8 @@ def get_config(arg: str = "how=full"):
 
     # 2. The data. A card for the new robot; a mixture of old and new (data/mixtures/tabletop_omni_and_before.yaml) where the old is not to
     # be forgotten. A robot that the policy knows keeps the statistics that it was trained with, a new one gets those of its own data.
-    # Text model and action tokenizer come with the policy: leave their settings empty. Rarely worth it, and costly, since the rows of the
-    # embedding begin anew: tokens.refit = True, if what `vla-jax tokens inspect` says of the new robot's error is too much.
+    # Text model and action tokenizer come with the policy: leave their settings empty. Rarely worth it, and costly, since the rows of
+    # its tokens begin anew (robots of before keep theirs): tokens.refit = True, if what `vla-jax tokens inspect` says of the new robot's error is too much.
     c.data.mixture = "tabletop_omni_and_before" if asked["mix"] == "true" else "tabletop_omni"
     c.data.holdout = 0.05
     c.pack.rows, c.pack.group = 4, 1

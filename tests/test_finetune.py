@@ -11,7 +11,7 @@ import pytest
 from vla_jax import config, tree
 from vla_jax.config import Train
 from vla_jax.data import prior, stats
-from vla_jax.deploy import export, policy
+from vla_jax.deploy import export, offline, policy
 from vla_jax.tabletop.env import EVAL_SEED, TabletopEnv
 from vla_jax.train import loop, optim
 from vla_jax.types import UserError
@@ -91,22 +91,49 @@ def test_statistics_of_known_robots_are_kept_unless_asked_for(before, tmp_path):
     assert kept.layout.action == prior.load(old).action == fresh.layout.action
 
 
-def test_a_refitted_tokenizer_has_new_rows_and_the_old_robots_go(before, tmp_path, capfd):
+def test_a_refitted_tokenizer_has_new_rows_and_old_robots_speak_theirs(before, tmp_path, capfd):
+    """Twice, so that there are three. The learning rate is 0: what an old robot does must be what it did, to the last bit of its chunk."""
     old, make = before
-    run = loop.prepare(make("tokens.refit=true", "tokens.action_vocab=300", "train.lr=0"), tmp_path / "run")
-    told = capfd.readouterr().err
     first = prior.load(old)
-    words, vocab = run.source.layout.text.vocab_size, run.source.layout.action.vocab_size
-    assert vocab > first.action.vocab_size and f"{vocab} action tokens have new rows" in told
-    assert told.count("will not be in the export: the action tokenizer is another one") == 2
+    refit = lambda init, size: [f"model.init={init}", "tokens.refit=true", f"tokens.action_vocab={size}", "train.lr=0"]
+    run = loop.prepare(make(*refit(old, 300)), tmp_path / "run")
+    told = capfd.readouterr().err
+    words, vocab, behind = run.source.layout.text.vocab_size, run.source.layout.action.vocab_size, first.action.vocab_size
+    assert vocab > behind and f"{vocab} action tokens have new rows" in told and "will not be in the export" not in told
+    assert run.source.layout.ids.tolist() == list(range(words + behind, words + behind + vocab))
     out = exported(run)
-    assert list(robots(out)) == [NEW]
+    assert list(robots(out)) == [NEW, *OLD] and body(out)["behind"] == behind and body(out)["earlier"][0]["robots"] == list(OLD)
     a, b = (tree.flatten(export.read(folder)[1])["llm/embedder/input_embedding"] for folder in (old, out))
-    np.testing.assert_array_equal(a[:words], b[:words])
-    fresh = b[words : words + vocab]
-    assert len(fresh) == vocab and not np.isclose(fresh[: len(a) - words], a[words:]).any(axis=1).any()
+    np.testing.assert_array_equal(a[: words + behind], b[: words + behind])
+    fresh = b[words + behind : words + behind + vocab]
+    assert len(fresh) == vocab and not np.isclose(fresh[:behind], a[words : words + behind]).any(axis=1).any()
     # as the text's rows are spread: 10 standard errors of a standard deviation over some hundred rows
     assert abs(fresh.std() / a[:words].std() - 1) < 10 / np.sqrt(2 * fresh.size)
+
+    again = exported(loop.prepare(make(*refit(out, 290), f"data.mixture={OLD[0]}"), tmp_path / "again"))
+    assert [g["robots"] for g in body(again)["earlier"]] == [[OLD[1]], [NEW]] and body(again)["behind"] == behind + vocab
+    for folder, same in ((out, OLD), (again, OLD[1:])):
+        was, now = policy.load_all(old), policy.load_all(folder)
+        for name in same:
+            seen = TabletopEnv(name).reset(EVAL_SEED)
+            ((x, ok), (y, also)) = (of[name].act([seen])[0] for of in (was, now))
+            np.testing.assert_array_equal(x, y)
+            assert ok and also and now[name].layout.ids[0] == words
+    was, now = (policy.load_all(folder)[NEW] for folder in (out, again))
+    seen = TabletopEnv(NEW).reset(EVAL_SEED)
+    np.testing.assert_array_equal(was.act([seen])[0][0], now.act([seen])[0][0])
+    assert now.layout.ids[0] == words + behind
+    (tmp_path / "alone").mkdir()
+    alone = export.export(tmp_path / "again", tmp_path / "alone" / "out", robot=NEW)
+    assert [g["robots"] for g in body(alone)["earlier"]] == [[NEW]]
+    np.testing.assert_array_equal(policy.Policy.load(alone).act([seen])[0][0], now.act([seen])[0][0])
+
+    # evaluated each with its own; of several in one mixture that is said
+    c = make(f"data.mixture={NEW}")
+    assert offline.run(c, again, frames=2)[NEW]["frames"] == 2
+    both = mixture(tmp_path / "both.yaml", {NEW: 1.0, OLD[0]: 1.0})
+    with pytest.raises(UserError, match="speak several action tokenizers"):
+        offline.run(make(both), again, frames=2)
 
 
 def test_a_run_goes_on_without_the_policy_it_began_with(before, tmp_path):

@@ -69,7 +69,7 @@ class Tokens:
     action_path: str = (
         ""  # a fitted tokenizer (JSON), or the folder of a published FAST one; empty: that of model.init, else fit one; kept in the workdir
     )
-    refit: bool = False  # fit one also where model.init brings one; robots outside the mixture are then not carried along
+    refit: bool = False  # fit one also where model.init brings one, with ids of its own; robots outside the mixture go on to speak theirs
     state: str = "continuous"  # continuous (one projected token) | text (bins in the prompt) | none
     describe: bool = True  # layout native: say control rate and action space in the prompt, not the robot's name alone
     limit: int = 0  # most text tokens: of the prompt (native) or of prompt and actions (openpi; there 250); 0: as many as there are

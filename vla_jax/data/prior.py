@@ -27,7 +27,8 @@ _HEADS = {"tokens": {"tokens"}, "flow": {"flow"}, "both": {"tokens", "flow"}}
 @dataclasses.dataclass(frozen=True)
 class Prior:
     """robots: {name: (raw card, raw statistics)}; vocab: rows of the embedding; state_dim: width of the projected
-    state, 0 without one; raw: the files, to be kept."""
+    state, 0 without one; behind: ids of tokenizers that were there before `action`; earlier: those of them that robots still speak, as JSON:
+    {tokenizer, behind, robots: names} each; raw: the files, to be kept."""
 
     config: configs.Config
     step: int
@@ -36,6 +37,8 @@ class Prior:
     robots: dict[str, tuple[dict, dict]]
     text: TextTokenizer
     action: ActionTokenizer
+    behind: int
+    earlier: list[dict]
     raw: dict[str, bytes]
 
     def statistics(self, card: DatasetCard) -> dict[str, Stats] | None:
@@ -63,7 +66,9 @@ class Prior:
         """Robots that the mixture does not have -> ([(card, statistics)] of those that act as before, weights aside, {name: why not}).
         What they would be asked with must be what they were trained with."""
         keep, lost, old = [], {}, self.config
-        reasons = [] if action == self.action else ["the action tokenizer is another one"]
+        reasons = []
+        if config.tokens.layout == "openpi" and action != self.action:
+            reasons.append("the action tokenizer is another one, and tokens.layout=openpi has ids for one only")
         for group, key in (("data", "image_size"), ("data", "resize"), ("tokens", "describe"), ("tokens", "limit")):
             before, now = (getattr(getattr(c, group), key) for c in (old, config))
             reasons += [f"{group}.{key} {before} -> {now}"] if before != now else []
@@ -82,6 +87,20 @@ class Prior:
             else:
                 keep.append((raw, numbers))
         return keep, lost
+
+    def ids_behind(self, config: configs.Config, action: ActionTokenizer) -> int:
+        """How many ids of earlier tokenizers lie before those of `action`: another one than the policy's gets ids of its own."""
+        if config.tokens.layout == "openpi":
+            return 0
+        return self.behind + (0 if action == self.action else self.action.vocab_size)
+
+    def spoken(self, names: list[str], action: ActionTokenizer) -> list[dict]:
+        """As `earlier`, for those robots of before in a run whose own tokenizer is `action`."""
+        groups = [{**g, "robots": [n for n in names if n in g["robots"]]} for g in self.earlier]
+        if action != self.action:
+            own = [n for n in names if not any(n in g["robots"] for g in groups)]
+            groups.append({"tokenizer": files.to_json(self.action), "behind": self.behind, "robots": own})
+        return [g for g in groups if g["robots"]]
 
     def check(self, config: configs.Config) -> None:
         """Raises: UserError for a setting that must be the policy's."""
@@ -152,9 +171,20 @@ def load(folder) -> Prior | None:
         tokenizer = files.from_json(json.loads(raw["action_tokenizer.json"]), where=str(folder / "action_tokenizer.json"))
         told = {name: json.loads(raw[f"robots/{name}.json"]) for name in body["robots"]}
         known = {name: (of["card"], of["stats"]) for name, of in told.items()}
-        config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
+        earlier = [{"tokenizer": g["tokenizer"], "behind": int(g["behind"]), "robots": list(g["robots"])} for g in body["earlier"]]
+        for g in earlier:
+            files.from_json(g["tokenizer"], where=str(folder / "policy.json"))
         return Prior(
-            config, int(body["step"]), int(body["vocab"]), int(body["state_dim"]), known, TextTokenizer(raw["text.model"]), tokenizer, raw
+            config=configs.from_dict(body["config"], where=str(folder / "policy.json")),
+            step=int(body["step"]),
+            vocab=int(body["vocab"]),
+            state_dim=int(body["state_dim"]),
+            robots=known,
+            text=TextTokenizer(raw["text.model"]),
+            action=tokenizer,
+            behind=int(body["behind"]),
+            earlier=earlier,
+            raw=raw,
         )
     except files.ODD as e:
         raise UserError(f"model.init {folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e

@@ -82,7 +82,9 @@ def open_source(
         config,
         indexes,
         statistics,
-        Layout.of(config.tokens, words, action, tokens_per_image),
+        Layout.of(
+            config.tokens, words, action, tokens_per_image, behind=prior.ids_behind(config, action) if prior and action is not None else 0
+        ),
         weights=mix.weights,
         times_size=mix.weight == "times_size",
         prior=prior,
@@ -240,8 +242,10 @@ class Source:
 
     @property
     def known_rows(self) -> int:
-        """Rows of the embedding that model.init has, if there is one: those of the text, and all of a policy's where it is its tokenizer."""
-        return self.prior.vocab if self.prior and self.layout.action == self.prior.action else self.layout.text.vocab_size
+        """Rows of the embedding that model.init has, if there is one: those of the text and of a policy's earlier tokenizers, and all of them where
+        the tokenizer is the policy's."""
+        own = self.prior and self.layout.action == self.prior.action
+        return self.prior.vocab if own else self.layout.text.vocab_size + self.layout.behind
 
     def steps(self, dataset: int) -> int:
         c = self.config.data

@@ -22,6 +22,7 @@ def text(t: Trained, kind: str, dtype: str, notes: list[str]) -> str:
         ("weights", f"{number:,} parameters, {'running mean (EMA)' if t.weights == 'ema' else 'as trained'}, {dtype}"),
         ("model", f"preset {c.model.preset}, {t.cfg.image_size} pixels, {t.cfg.vocab:,} rows of the embedding, expert {c.model.expert}"),
         ("tokens", f"layout {c.tokens.layout}, {c.tokens.action} with {t.layout.action.vocab_size} ids, state {c.tokens.state}"),
+        *(("earlier tokens", f"{', '.join(g['robots'])} speak those that they were trained with") for g in t.meta.earlier),
         ("objective", c.train.objective + (f", adapters of rank {c.train.lora_rank} (merged here)" if c.train.lora_rank else "")),
         ("trained for", f"{t.step:,} of {c.train.steps:,} steps, {c.pack.rows} packed rows each" + _seen(t)),
         ("began with", c.model.init or "random weights"),

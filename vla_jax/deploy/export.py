@@ -84,6 +84,8 @@ def _native(t, folder: Path, *, dtype: str, robot: str, shard_bytes: int, place:
         "vocab": t.cfg.vocab,
         "state_dim": t.meta.state_dim,
         "robots": [r.card.name for r in kept],
+        "behind": t.meta.behind,
+        "earlier": [g for g in t.meta.earlier if {r.card.name for r in kept} & set(g["robots"])],
     }
     (folder / "policy.json").write_text(json.dumps(body, indent=1))
 

@@ -60,7 +60,8 @@ def write(t: Trained, folder: Path, *, dtype: str, robot: str, shard_bytes: int,
     pixels |= {"size": dict.fromkeys(("height", "width"), t.cfg.image_size), "image_seq_length": t.cfg.tokens_per_image}
     pixels |= {"rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=1))
-    behind = {} if t.layout.openpi else {t.layout.text.vocab_size + i: f"<action {i}>" for i in range(t.layout.action.vocab_size)}
+    behind = {} if t.layout.openpi else {int(at): f"<action {i}>" for i, at in enumerate(t.layout.ids)}
+    behind |= {t.layout.text.vocab_size + i: f"<earlier action {i}>" for i in range(t.layout.behind)}
     behind |= {i: f"<unused {i}>" for i in range(t.layout.vocab_size, t.cfg.vocab)}
     hf_tokenizers.text(t.layout.text, folder, behind | {t.cfg.vocab: "<image>"})
 

@@ -25,7 +25,7 @@ def run(config: Config, folder: str | Path, *, frames: int, where: str = "config
     Raises: UserError when a dataset is not among the export's robots, or its card means something else there.
     """
     body, params, folder = export.read(folder)
-    trained, layout, cfg, found = policy.parts(body, params, folder)
+    trained, cfg, found, layouts = policy.parts(body, params, folder)
     data = {
         key: getattr(config.data, key)
         for key in ("root", "index_dir", "mixture", "holdout", "max_skipped", "threads", "read_ahead", "prefetch")
@@ -38,6 +38,10 @@ def run(config: Config, folder: str | Path, *, frames: int, where: str = "config
     mix, indexes = source.open_indexes(own)
     for ix in indexes:
         _check(ix.card, found, folder)
+    layout, *others = {id(x): x for x in (layouts[ix.card.name] for ix in indexes)}.values()
+    if others:
+        groups = [[name for name, x in layouts.items() if x is one] for one in (layout, *others)]
+        raise UserError(f"the robots of {folder} speak several action tokenizers ({groups}): evaluate each group with a mixture of its own")
     opened = Source.make(
         own,
         indexes,

@@ -154,12 +154,17 @@ def load_all(folder: str | Path, *, head: str = "", mesh=None, sampling: Samplin
     return of(*export.read(folder), head=head, mesh=mesh, sampling=sampling)
 
 
-def parts(body: dict, params: dict, folder: Path) -> tuple[configs.Config, Layout, presets.VLAConfig, dict[str, Robot]]:
-    """What export.read has read, understood: nothing is placed on a device. Raises: UserError where it does not hold together."""
+def parts(body: dict, params: dict, folder: Path) -> tuple[configs.Config, presets.VLAConfig, dict[str, Robot], dict[str, Layout]]:
+    """What export.read has read, understood: nothing is placed on a device. Robots of before a refitted tokenizer have the layout that they were
+    trained with. Raises: UserError where it does not hold together."""
     try:
         config = configs.from_dict(body["config"], where=str(folder / "policy.json"))
         words, action = text.load(str(folder / "text.model")), files.load(folder / "action_tokenizer.json")
-        layout = Layout.of(config.tokens, words, action, presets.tokens_per_image(config.model.preset, config.data.image_size))
+        patches = presets.tokens_per_image(config.model.preset, config.data.image_size)
+        layout_of = lambda action, behind: Layout.of(config.tokens, words, action, patches, behind=int(behind))
+        own, spoken = layout_of(action, body["behind"]), {}
+        for g in body["earlier"]:
+            spoken |= dict.fromkeys(g["robots"], layout_of(files.from_json(g["tokenizer"]), g["behind"]))
         cfg = model_config(config, vocab=body["vocab"], state_dim=body["state_dim"])
         shapes = lambda params: {path: x.shape for path, x in tree.flatten(params).items()}
         if shapes(params) != (wanted := shapes(jax.eval_shape(lambda: vla.init(cfg, jax.random.key(0))))):
@@ -168,21 +173,22 @@ def parts(body: dict, params: dict, folder: Path) -> tuple[configs.Config, Layou
         robots = [
             Robot.of(config, told["card"], told["stats"], where=f"{folder}/robots/{name}.json") for name, told in body["robot"].items()
         ]
-        return config, layout, cfg, {r.card.name: r for r in robots}
+        return config, cfg, {r.card.name: r for r in robots}, {r.card.name: spoken.get(r.card.name, own) for r in robots}
     except files.ODD as e:  # whoever changed a file has changed its checksum, too
         raise UserError(f"{folder} is no exported policy: {type(e).__name__}: {str(e)[:200]}") from e
 
 
 def of(body: dict, params: dict, folder: Path, *, head: str = "", mesh=None, sampling: Sampling = GREEDY) -> dict[str, Policy]:
     """`load_all` of what export.read has read."""
-    config, layout, cfg, robots = parts(body, params, folder)
+    config, cfg, robots, layouts = parts(body, params, folder)
     if mesh is not None:
         params = jax.device_put(params, vla.shardings(cfg, mesh))
     trained = ("flow", "tokens") if config.train.objective == "both" else (config.train.objective,)
     head = head or trained[0]
     if head not in trained:
         raise UserError(f"head is {head!r}, and {folder} was trained for {' and '.join(trained)} (train.objective)")
-    actor, out = Actor(cfg, layout, params, head=head, mesh=mesh, sampling=sampling), {}
+    actor = Actor(cfg, next(iter(layouts.values())), params, head=head, mesh=mesh, sampling=sampling)
+    actors, out = {id(x): actor.speaking(x) for x in layouts.values()}, {}
     for name, r in robots.items():
         out[name] = Policy(
             card=r.card,
@@ -193,8 +199,8 @@ def of(body: dict, params: dict, folder: Path, *, head: str = "", mesh=None, sam
             history=r.history,
             state=Normalizer.make(r.stats["state"], r.card.state.dims),
             action=Normalizer.make(r.stats["action"], r.card.action.dims),
-            layout=layout,
-            actor=actor,
+            layout=layouts[name],
+            actor=actors[id(layouts[name])],
             stats=r.stats,
         )
     return out

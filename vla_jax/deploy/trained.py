@@ -82,7 +82,7 @@ class Trained:
     params: dict[str, np.ndarray]
     config: Config
     cfg: VLAConfig
-    layout: Layout
+    layout: Layout  # of the robots that it was trained on
     robots: tuple[Robot, ...]
     meta: object  # train.checkpoint.Meta, raw
 
@@ -149,7 +149,7 @@ def read(workdir: str | Path, *, step: int | None = None, ema: bool | None = Non
     config = configs.from_dict(meta.config, where=f"{workdir}/checkpoints/{step}")
     cfg = model_config(config, vocab=max(meta.vocab, config.model.vocab), state_dim=meta.state_dim)
     text, action = TextTokenizer(base64.b64decode(meta.text_model)), files.from_json(meta.action_tokenizer)
-    layout = Layout.of(config.tokens, text, action, cfg.tokens_per_image)
+    layout = Layout.of(config.tokens, text, action, cfg.tokens_per_image, behind=meta.behind)
     robots = tuple(Robot.of(config, raw, numbers, where=str(workdir)) for raw, numbers in zip(meta.cards, meta.stats))
     flat = {path: np.asarray(w) for path, w in tree.flatten(params).items()}
     return Trained(workdir, step, weights, flat, config, cfg, layout, robots, meta)

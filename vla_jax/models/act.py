@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 
@@ -57,17 +58,30 @@ class Actor:
     ):
         if head not in ("tokens", "flow") or head == "flow" and not cfg.expert:
             raise UserError(f"head is {head!r}; this model has: tokens{', flow' if cfg.expert else ''}")
-        self.cfg, self.layout, self.mesh = cfg, layout, mesh
+        self.cfg, self.mesh, self._sampling = cfg, mesh, sampling
         self.head, self._key, self._calls = head, jax.random.key(seed), 0
-        self.language = Language.of(layout)
-        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())  # answers, on every process
         integrate = functools.partial(decode.integrate, cfg, steps=flow_steps)
-        self._integrate = jax.jit(integrate, static_argnames=("chunk",), out_shardings=whole)
-        generate = functools.partial(decode.generate, cfg, language=self.language, sampling=sampling)
-        self._generate = jax.jit(generate, static_argnames=("steps",), out_shardings=whole)
+        self._integrate = jax.jit(integrate, static_argnames=("chunk",), out_shardings=self._whole())
+        self._speak(layout)
         with self._placed():
             self.params = jax.jit(functools.partial(vla.cast, cfg))(params)
             self._layers = jax.jit(functools.partial(incremental.prepare, cfg))(self.params) if head == "tokens" else None
+
+    def speaking(self, layout: Layout) -> Actor:
+        """The same weights, for robots whose sequences have another layout."""
+        other = copy.copy(self)
+        if layout is not self.layout:
+            other._speak(layout)
+        return other
+
+    def _speak(self, layout: Layout) -> None:
+        self.layout, self.language = layout, Language.of(layout)
+        generate = functools.partial(decode.generate, self.cfg, language=self.language, sampling=self._sampling)
+        self._generate = jax.jit(generate, static_argnames=("steps",), out_shardings=self._whole())
+
+    def _whole(self):
+        """Answers lie whole on every process."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def __call__(self, requests: list[Request], *, malformed: str = "repair", length: int = 0) -> list[tuple[np.ndarray, bool]]:
         """-> for each request (normalised chunk f32[steps dims], whether the tokens were a well-formed chunk). What comes back where

@@ -101,7 +101,8 @@ class Layout:
 
     native: BOS, `{robot}: {task}{; state: bins}\\n`, actions, EOS. The robot is described in words (`describe`: with control rate and
     action space, else its name alone), so that one model can be told which robot it drives. Action ids have a range of their own
-    behind the text's: token t is text.vocab_size + t. `limit`: most tokens of the prompt; beyond them the task is cut.
+    behind the text's and the `behind` ids of earlier tokenizers, which robots of before go on to speak: token t is
+    text.vocab_size + behind + t. `limit`: most tokens of the prompt; beyond them the task is cut.
 
     openpi: pi0-FAST's convention, byte for byte: BOS, `Task: {task}, State: {bins};\\n`, then predicted `Action: `, actions, `|`, EOS. Token
     t is text.vocab_size - 1 - 128 - t. `limit`: most tokens of all text (there 250; 180 with one arm); beyond them the end is cut.
@@ -116,6 +117,7 @@ class Layout:
     name: str = "native"
     describe: bool = True
     limit: int = 0
+    behind: int = 0
 
     def __post_init__(self):
         """Raises: UserError for settings that contradict each other, or a text model that does not suit the layout."""
@@ -132,10 +134,12 @@ class Layout:
                 raise UserError("layout openpi ends its actions with `|`, which this text model does not write as one piece of its own")
 
     @classmethod
-    def of(cls, settings: config.Tokens, text: TextTokenizer, action: ActionTokenizer | None, tokens_per_image: int) -> Layout:
+    def of(
+        cls, settings: config.Tokens, text: TextTokenizer, action: ActionTokenizer | None, tokens_per_image: int, *, behind: int = 0
+    ) -> Layout:
         """As a run's settings want it. Raises: UserError."""
         s = settings
-        return cls(text, action, tokens_per_image, s.state, name=s.layout, describe=s.describe, limit=s.limit)
+        return cls(text, action, tokens_per_image, s.state, name=s.layout, describe=s.describe, limit=s.limit, behind=behind)
 
     @property
     def openpi(self) -> bool:
@@ -144,7 +148,7 @@ class Layout:
     @property
     def vocab_size(self) -> int:
         """Ids in use."""
-        return self.text.vocab_size + (0 if self.openpi else self.action.vocab_size)
+        return self.text.vocab_size + (0 if self.openpi else self.behind + self.action.vocab_size)
 
     @functools.cached_property
     def opening(self) -> tuple[int, ...]:
@@ -164,7 +168,7 @@ class Layout:
     def ids(self) -> np.ndarray:
         """i32[action.vocab_size]: the id of each action token."""
         count = np.arange(self.action.vocab_size, dtype=np.int32)
-        return self.text.vocab_size - 1 - SEGMENTS - count if self.openpi else self.text.vocab_size + count
+        return self.text.vocab_size - 1 - SEGMENTS - count if self.openpi else self.text.vocab_size + self.behind + count
 
     @property
     def grammar(self) -> Grammar:

@@ -55,6 +55,8 @@ class Meta:
     productive_s: float = 0.0  # seconds that went into its steps, those of earlier starts included
     started: float = 0.0  # when the run began, in seconds since 1970
     commit: str = ""  # of the code that trained it, as of its last start
+    behind: int = 0  # ids of earlier action tokenizers before those of action_tokenizer
+    earlier: list[dict] = dataclasses.field(default_factory=list)  # what robots of before speak: data.prior.Prior.earlier
     sums: dict[str, int] = dataclasses.field(default_factory=dict)  # checksums of the state's arrays, by path; set by save
     loss: float | None = None  # held out, where it is known; set by save
 

@@ -100,7 +100,9 @@ def _begins(source: Source, drawn: int) -> str:
     parts.append(f"{drawn} action tokens have new rows of the embedding" if drawn else "the action tokens are its own")
     if first.state_dim and source.shape[2] > first.state_dim:
         parts.append(f"numbers {first.state_dim}..{source.shape[2] - 1} of the state have new rows of its projection")
-    parts += [f"{', '.join(card['name'] for card, _ in keep)} can still be driven as before"] if keep else []
+    names = [card["name"] for card, _ in keep]
+    parts += [f"{', '.join(names)} can still be driven as before"] if keep else []
+    parts += [f"{', '.join(g['robots'])} by the action tokens of before" for g in first.spoken(names, source.layout.action)]
     parts += [f"{name} will not be in the export: {why}" for name, why in lost.items()]
     return "; ".join(parts)
 
@@ -278,7 +280,8 @@ def _meta(run: Run, flow: np.ndarray, meter: Meter) -> Meta:
     source = run.source
     cards = [json.loads(json.dumps(dataclasses.asdict(ix.card))) for ix in source.indexes]
     numbers = [stats.to_json(s) for s in source.statistics]
-    for card, known in source.prior.carried(run.config, source.names, source.layout.action)[0] if source.prior else ():
+    carried = source.prior.carried(run.config, source.names, source.layout.action)[0] if source.prior else []
+    for card, known in carried:
         cards, numbers = [*cards, card], [*numbers, known]
     return Meta(
         config=json.loads(json.dumps(dataclasses.asdict(run.config))),
@@ -294,4 +297,6 @@ def _meta(run: Run, flow: np.ndarray, meter: Meter) -> Meta:
         productive_s=meter.so_far(),
         started=meter.started,
         commit=paths.commit(),
+        behind=source.layout.behind,
+        earlier=source.prior.spoken([card["name"] for card, _ in carried], source.layout.action) if source.prior else [],
     )

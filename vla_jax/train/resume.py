@@ -95,7 +95,10 @@ def check_same_run(meta: Meta, config: configs.Config, where: epath.Path, source
     old = configs.from_dict(json.loads(json.dumps(meta.config)), where=str(where))
     check_config(old, config, where)
     for name, same in (
-        ("action tokenizer", meta.action_tokenizer["digest"] == files.to_json(layout.action)["digest"]),
+        (
+            "action tokenizer",
+            (meta.action_tokenizer["digest"], meta.behind) == (files.to_json(layout.action)["digest"], layout.behind),
+        ),
         ("text tokenizer", base64.b64decode(meta.text_model) == layout.text.model),
     ):
         if not same:
