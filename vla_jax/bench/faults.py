@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vla_jax.data import mixture
 from vla_jax.launch import RESUMABLE
 from vla_jax.train import checkpoint, metrics
 from vla_jax.types import UserError
@@ -193,7 +194,8 @@ def shard(job: Job, pick: random.Random) -> dict | None:
     """All killed, and a file of the data gone: refused with 2 and its name; then it comes back."""
     job.signal(signal.SIGKILL)
     codes = job.wait()
-    lost = pick.choice(sorted(job.root.rglob("*.tfrecord-*")))
+    read = [job.root / card.name for card in mixture.load("tabletop").cards]  # a recording has more robots than the demo's mixture
+    lost = pick.choice(sorted(file for folder in read for file in folder.rglob("*.tfrecord-*")))
     away = job.workdir / lost.name
     shutil.move(lost, away)
     try:
