@@ -349,7 +349,7 @@ FLOW = ["model.expert=tiny", "model.expert_dims=8"]
 
 def first_step(actor, request):
     """Of a chunk that may be longer than the robot's."""
-    batch = actor._batch([request], 1)
+    batch = actor._batch([request], 1, 0)
     return np.asarray(actor._integrate(actor.params, batch, jax.random.key(0), chunk=4, dims=[[request.dims]]))[0, 0, 0]
 
 
