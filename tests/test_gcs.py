@@ -108,6 +108,24 @@ def test_a_bucket_that_cannot_be_reached(tmp_path):
     assert "vla-jax: workdir gs://vla/a cannot be reached" in said
 
 
+def test_what_another_host_writes_is_seen_after_a_look_at_the_folder(store):
+    """gcsfs keeps the listings of folders; nothing of ours may be told from one that is old."""
+    code = """
+import sys, urllib.request
+from vla_jax import paths
+folder = paths.place("gs://vla/late", "folder")
+(folder / "a").write_text("ours")
+assert [p.name for p in folder.iterdir()] == ["a"] and not (folder / "b").exists()
+url = sys.argv[1] + "/upload/storage/v1/b/vla/o?uploadType=media&name=late%2Fb"
+urllib.request.urlopen(urllib.request.Request(url, data=b"theirs", method="POST")).read()
+assert (folder / "b").exists() and sorted(p.name for p in folder.iterdir()) == ["a", "b"]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.address], env=os.environ | store.env(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_urls_of_other_stores(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mount it"):
         workdir.place("s3://bucket/a")

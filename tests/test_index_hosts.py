@@ -19,8 +19,10 @@ import json, os, sys
 from vla_jax import distributed
 from vla_jax.data import build, cards, scan
 made = []
-if len(sys.argv) > 3:  # taken away before it merges
+if "merge" in sys.argv:  # taken away before it merges
     build._PARTS, build.merge = 1, lambda *a, **k: os._exit(9)
+if "give" in sys.argv:  # or before it gives away what it has scanned
+    build.shelves.Shelf.give_parts = lambda self, parts: any(parts.glob("*.npz")) and os._exit(9)
 real = scan.Job.run
 scan.Job.run = lambda self: (made.extend(job[0] for job in self.shards), real(self))[1]
 distributed.initialize(timeout_s=60)
@@ -48,7 +50,7 @@ def ensure(tabletop, index_dir, caches, **env) -> list[dict]:
     finally:
         for child in children:
             child.kill()
-    assert all(child.returncode == 0 for child in children), told
+    assert all(child.returncode == 0 for child in children), "\n".join(out[-500:] + err[-2500:] for out, err in told)
     return [json.loads(out.splitlines()[-1]) | {"said": err} for out, err in told]
 
 
@@ -106,11 +108,23 @@ def test_a_bucket_is_scanned_once_and_copied(tabletop, tmp_path, alone, store):
 def test_what_a_scan_left_in_the_bucket_is_not_scanned_again(tabletop, tmp_path, alone, store):
     """A machine that is taken away has given its parts."""
     digest, shards = alone
-    gone = start(tabletop, "gs://vla/index", tmp_path / "gone", "stop", **store.env())
+    gone = start(tabletop, "gs://vla/index", tmp_path / "gone", "merge", **store.env())
     gone.communicate(timeout=120)
     assert gone.returncode == 9 and sum(".parts/" in name for name in store.objects) == len(shards)
     told = ensure(tabletop, "gs://vla/index", [tmp_path / "a", tmp_path / "b"], **store.env())
     assert [x["digest"] for x in told] == [digest] * 2 and [x["scanned"] for x in told] == [[], []]
+
+
+def test_what_a_host_has_scanned_and_not_given_is_given_by_its_next_start(tabletop, tmp_path, alone, store):
+    """Its disk is still there, and its parts are not scanned again, nor left out of the index. Afterwards no host keeps any."""
+    digest, shards = alone
+    caches = [tmp_path / "a", tmp_path / "b"]
+    cut = start(tabletop, "gs://vla/index", caches[1], "give", **store.env())
+    cut.communicate(timeout=120)
+    assert cut.returncode == 9 and len(list(caches[1].rglob("*.parts/*.npz"))) == len(shards) and not store.objects
+    told = ensure(tabletop, "gs://vla/index", caches, **store.env())
+    assert [x["digest"] for x in told] == [digest] * 2 and told[1]["scanned"] == []
+    assert not list(tmp_path.rglob("*.parts"))
 
 
 def test_other_stores_are_refused(tabletop):

@@ -56,8 +56,10 @@ def place(name: str | os.PathLike, what: str):
         raise UserError(f"{what} {text}: it is kept in a folder or at gs://bucket/path; for another store, mount it and name the folder.")
     try:
         import gcsfs  # noqa: F401, what epath calls
+        from fsspec.config import conf
     except ImportError as e:
         raise UserError(f"{what} {text} needs gcsfs: pip install 'vla-jax[gcs]', or mount the bucket and name the folder.") from e
+    conf.setdefault("gcs", {})["use_listings_cache"] = False  # what another host has written since a folder was listed would not be there
     return epath.Path(text.rstrip("/"))
 
 

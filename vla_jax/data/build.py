@@ -68,8 +68,10 @@ def _build(
     scan = functools.partial(scan_shards, card, place, path, workers=workers, progress=progress)
     if shelf:  # a bucket: parts and index pass through it
         with distributed.together(f"scanning {card.name}"):
-            while not any(have) and scan(share=(me, hosts), but=shelf.parts(), most=_PARTS):
-                shelf.give_parts(_parts(path))
+            if not any(have):
+                shelf.give_parts(_parts(path))  # what a start that was cut short has left here
+                while scan(share=(me, hosts), but=shelf.parts(), most=_PARTS):
+                    shelf.give_parts(_parts(path))
         with distributed.together(f"merging {card.name}"):
             if main and not any(have):
                 shelf.fetch_parts(_parts(path))
@@ -78,6 +80,7 @@ def _build(
                 shelf.give()
         with distributed.together(f"fetching the index of {card.name}"):
             shelf.fetch()
+            shutil.rmtree(_parts(path), ignore_errors=True)  # or they would be taken for those of data that has changed
         return
     unseen = distributed.blind(path.parent, _LATE_S)
     if unseen and main:

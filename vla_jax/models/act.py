@@ -69,9 +69,10 @@ class Actor:
 
     def speaking(self, layout: Layout) -> Actor:
         """The same weights, for robots whose sequences have another layout."""
+        if layout is self.layout:
+            return self
         other = copy.copy(self)
-        if layout is not self.layout:
-            other._speak(layout)
+        other._speak(layout)
         return other
 
     def _speak(self, layout: Layout) -> None:

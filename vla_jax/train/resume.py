@@ -51,7 +51,6 @@ def remember(config: configs.Config, workdir: epath.Path) -> None:
         old = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         old = None  # not there, or half-written by a process that was killed
-    _same_beginning(config.model.init, workdir)
     if isinstance(old, dict):
         before = configs.from_dict(old, where=str(file))
         check_config(before, config, workdir)
@@ -65,6 +64,7 @@ def remember(config: configs.Config, workdir: epath.Path) -> None:
         except Exception as e:  # of a store, many kinds
             kind = may_pass if workdirs.is_remote(file) else UserError
             raise kind(f"{file} cannot be written: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+    _same_beginning(config.model.init, workdir)
 
 
 def _same_beginning(init: str, workdir: epath.Path) -> None:
