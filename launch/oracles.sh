@@ -26,7 +26,7 @@ done
 make launchers .venv/bin/python skypilot==0.14.1 xpk==1.16.0 kubeflow-trainer-api==2.3.0
 make openpi .venv/bin/python 'jax[cpu]==0.5.3' flax==0.10.2 orbax-checkpoint==0.11.13
 if [ -n "$found" ]; then
-    make lerobot "$found" 'lerobot[pi]==0.6.1'
+    make lerobot "$found" 'lerobot[pi]==0.6.1' sentencepiece==0.2.3 protobuf==7.36.2  # which transformers reads the tokenizer with
 else
     echo "no Python 3.12 was found for LeRobot: PYTHON312=/path/to/python3.12 names one" >&2
     exit 1

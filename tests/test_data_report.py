@@ -130,7 +130,9 @@ def test_warnings_of_a_constructed_index(indexes, tmp_path):
     crc[[*twins, other]] = 7  # equal checksums of episodes of different lengths are no copies
     action[:, 0], action[:, 1] = 0.25, np.linspace(-2, 2, len(action))
     action[:, 2] = 0
-    action[5, 2] = 0.5
+    action[np.flatnonzero(np.repeat(~ix.held_out(0.1), lengths))[5], 2] = (
+        0.5  # of a training episode; which are held out differs by machine
+    )
     language = np.array(ix.language)
     language[:10] = len(ix.set_start) - 1
     bad = changed(
@@ -271,7 +273,10 @@ def test_in_a_browser(indexes, tmp_path):
     dom = run("--dump-dom").stdout
     for name in ("-weights", "-warnings", *NAMES):
         assert f'id="{name}"' in dom
-    assert dom.count("<figure") == sum(24 * len(ix.views) for ix in indexes)
+    shown = lambda ix: np.diff(ix.episode_start)[[int((i + 0.5) * ix.episodes / 3) for i in range(3)]]
+    assert dom.count("<figure") == sum(
+        len(ix.views) * sum(min(8, n) for n in shown(ix)) for ix in indexes
+    )  # a short episode has fewer pictures
 
 
 def test_what_is_drawn_is_what_was_recorded(indexes, tmp_path, monkeypatch):
