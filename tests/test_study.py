@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -166,3 +168,33 @@ def test_published_lines_are_those_of_the_table_in_the_docs():
     lines = [json.loads(line) for line in (docs / "bench" / "study.jsonl").read_text().splitlines()]
     assert page.table(lines) in (docs / "study.md").read_text()
     assert {x["robot"] for x in lines} <= set(cards.names())
+
+
+def test_arms_are_started_when_what_they_begin_with_is_done():
+    """As many at a time as there are jobs, each once, none before its beginning; and no further one behind one that fails."""
+    arms, started, ended = plan.arms(plan.Scale()), [], []
+    futures_of = {}
+
+    def start(arm):
+        started.append(arm.name)
+        assert len(started) - len(ended) <= 2 and (not arm.begins or arm.begins in ended)
+        futures_of[arm.name] = futures.Future()
+        if len(started) - len(ended) == 2 or len(started) == len(arms):  # the one that was started first ends
+            for name in [n for n in started if n not in ended][: 2 if len(started) == len(arms) else 1]:
+                futures_of[name].set_result([{"arm": name}])
+                ended.append(name)
+        return futures_of[arm.name]
+
+    lines = [line["arm"] for new in run.in_turn(arms, start, 2) for line in new]
+    assert sorted(lines) == sorted(started) == sorted(arm.name for arm in arms)
+
+    def gone(arm):
+        started.append(arm.name)
+        future = futures.Future()
+        future.set_exception(BrokenProcessPool())
+        return future
+
+    started.clear()
+    with pytest.raises(UserError, match="a process of the study is gone, .*: the same command goes on"):
+        list(run.in_turn(arms, gone, 2))
+    assert len(started) == 2

@@ -75,6 +75,7 @@ def add(commands) -> None:
     p.add_argument("--workdir", default="runs/study", type=folder, metavar="DIR")
     p.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     p.add_argument("--only", type=words, default=(), metavar="A,B", help="of the arms")
+    p.add_argument("--jobs", type=positive, default=2, metavar="N", help="arms at a time, a process for each (default: 2)")
     p.add_argument("--out", default="", metavar="FILE", help="append the JSON lines here, too")
     p.add_argument("--plot", default="", metavar="FILE.svg", help="draw what was measured")
 
@@ -219,7 +220,7 @@ def _study(args) -> int:
 
     if args.plot:
         report.check_picture(args.plot)
-    lines = run.main(Path(args.workdir), quick=args.quick, out=Path(args.out) if args.out else None, only=args.only)
+    lines = run.main(Path(args.workdir), quick=args.quick, out=Path(args.out) if args.out else None, only=args.only, jobs=args.jobs)
     print(page.table(lines))
     if args.plot:
         page.picture(lines, Path(args.plot))

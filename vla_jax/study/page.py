@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from vla_jax.study import plan
+
 _HEADS = ("arm", "condition", "robot", "success", "95 % interval", "progress", "steps to success", "training s (CPU s)", "ms an action")
 
 
 def newest(lines: Iterable[dict]) -> list[dict]:
-    """Of each arm and condition the last line, in the order of the first."""
-    return list({(line["arm"], line["condition"], line["robot"]): line for line in lines}.values())
+    """Of each arm and condition the last line, in the plan's order of arms: they are measured two at a time."""
+    order = {arm.name: i for i, arm in enumerate(plan.arms(plan.Scale()))}
+    last = {(line["arm"], line["condition"], line["robot"]): line for line in lines}
+    return sorted(last.values(), key=lambda line: order.get(line["arm"], len(order)))
 
 
 def pooled(lines: list[dict]) -> list[dict]:

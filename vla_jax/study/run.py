@@ -1,12 +1,17 @@
-"""Runs the arms of plan.py one after another, each where an earlier start left off, and keeps a JSON line per arm and condition."""
+"""Runs the arms of plan.py, two at a time, each where an earlier start left off, and keeps a JSON line per arm and condition."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +20,69 @@ from vla_jax import config
 from vla_jax.study import plan
 from vla_jax.study.plan import Arm, Condition, Scale
 from vla_jax.tabletop import recordings
-from vla_jax.types import UserError
+from vla_jax.types import Interrupted, UserError
 
 DEVICES = 4  # virtual ones, as in the demo
 
 
-def main(workdir: Path, *, quick: bool, out: Path | None, only: tuple[str, ...] = ()) -> list[dict]:
-    """Returns all lines, also those of earlier starts. only: names of arms. Raises: UserError when a recording fails."""
+def main(workdir: Path, *, quick: bool, out: Path | None, only: tuple[str, ...] = (), jobs: int = 2) -> list[dict]:
+    """Returns all lines, also those of earlier starts. only: names of arms; jobs: arms at a time, a process for each: one leaves a third
+    of two cores idle. Raises: UserError when a recording fails, or one of these processes ends."""
+    scale = plan.QUICK if quick else Scale()
+    chosen = plan.arms(scale)
+    if unknown := set(only) - {arm.name for arm in chosen}:
+        raise UserError(f"no arm called {', '.join(sorted(unknown))}; there are: {', '.join(arm.name for arm in chosen)}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    _claim(workdir / "scale.json", scale)
+    kept = workdir / "study.jsonl"
+    lines = _lines(kept)
+    began = time.time()
+    record(workdir, scale)
+    print(f"[{time.time() - began:5.0f} s] recorded", flush=True)
+    done = {(line["arm"], line["condition"], line["robot"]) for line in lines}
+    left = {arm.name: tuple(c for c in arm.conditions if (arm.name, c.name, c.robot) not in done) for arm in chosen}
+    todo = [dataclasses.replace(arm, conditions=left[arm.name]) for arm in chosen if left[arm.name] and (not only or arm.name in only)]
+    # Fresh interpreters: JAX does not survive a fork.
+    with futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_the_parent) as pool:
+        for new in in_turn(todo, lambda arm: pool.submit(one, workdir, arm, scale, began), jobs):
+            lines += new
+            for file in (kept, *([out] if out else ())):
+                with open(file, "a") as f:
+                    f.writelines(json.dumps(line) + "\n" for line in new)
+    return lines
+
+
+def in_turn(arms: Sequence[Arm], start: Callable[[Arm], futures.Future], jobs: int) -> Iterator[list[dict]]:
+    """Starts each arm, `jobs` at a time, once the one that it begins with is done, and yields the lines of each that is. Raises: what an
+    arm raises, and UserError when its process is gone; no other arm is started then."""
+    waiting, running = list(arms), {}
+    while waiting or running:
+        ahead = {arm.name for arm in (*waiting, *running.values())}
+        for arm in [a for a in waiting if a.begins not in ahead][: jobs - len(running)]:
+            waiting.remove(arm)
+            running[start(arm)] = arm
+        for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+            arm = running.pop(future)
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    f"a process of the study is gone, {arm.name} perhaps for want of memory: the same command goes on"
+                ) from None
+
+
+def _end_with_the_parent() -> None:
+    """A process that trains on for nobody would keep the cores from the next start."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def one(workdir: Path, arm: Arm, scale: Scale, began: float) -> list[dict]:
+    """Trains an arm, lets it act, and says so; in a process of the study. began: time.time() of its start. Raises: UserError."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
@@ -29,36 +90,16 @@ def main(workdir: Path, *, quick: bool, out: Path | None, only: tuple[str, ...] 
     from vla_jax import distributed
 
     distributed.keep_compiled()
-    scale = plan.QUICK if quick else Scale()
-    workdir.mkdir(parents=True, exist_ok=True)
-    _claim(workdir / "scale.json", scale)
-    kept = workdir / "study.jsonl"
-    lines = _lines(kept)
-    began = time.time()
-    record(workdir, scale)
-    _say(began, "recorded")
-    chosen = plan.arms(scale)
-    if unknown := set(only) - {arm.name for arm in chosen}:
-        raise UserError(f"no arm called {', '.join(sorted(unknown))}; there are: {', '.join(arm.name for arm in chosen)}")
-    for arm in chosen:
-        if only and arm.name not in only:
-            continue
-        done = {(line["condition"], line["robot"]) for line in lines if line["arm"] == arm.name}
-        left = [c for c in arm.conditions if (c.name, c.robot) not in done]
-        if not left:
-            continue
+    try:
         trained = train(workdir, arm)
-        _say(began, f"{arm.name}: trained in {trained['train_s']:.0f} s")
-        for line in act(workdir, arm, left, scale.trials):
-            line = {**line, **trained, **stamp(scale)}
-            _say(
-                began,
-                f"{arm.name}: {line['condition']}, {line['robot']}: {line['successes']} of {line['trials']}, progress {line['progress']:.2f}",
-            )
-            lines.append(line)
-            for file in (kept, *([out] if out else ())):
-                with open(file, "a") as f:
-                    f.write(json.dumps(line) + "\n")
+    except Interrupted as e:  # which is not one that can be sent to the parent
+        raise UserError(f"{arm.name}: {e}") from None
+    say = lambda text: print(f"[{time.time() - began:5.0f} s] {arm.name}: {text}", flush=True)
+    say(f"trained in {trained['train_s']:.0f} s")
+    lines = []
+    for line in act(workdir, arm, arm.conditions, scale.trials):
+        say(f"{line['condition']}, {line['robot']}: {line['successes']} of {line['trials']}, progress {line['progress']:.2f}")
+        lines.append({**line, **trained, **stamp(scale)})
     return lines
 
 
@@ -85,10 +126,6 @@ def stamp(scale: Scale) -> dict:
     from vla_jax.bench import run
 
     return {"pretrain_steps": scale.steps, "finetune_steps": scale.finetune_steps, "load": round(os.getloadavg()[0], 1), **run.stamp()}
-
-
-def _say(began: float, text: str) -> None:
-    print(f"[{time.time() - began:5.0f} s] {text}", flush=True)
 
 
 def record(workdir: Path, scale: Scale) -> None:
@@ -138,7 +175,7 @@ class Steady:
         return self.policy.act([*observations, *fill])[: len(observations)]
 
 
-def act(workdir: Path, arm: Arm, conditions: list[Condition], trials: int):
+def act(workdir: Path, arm: Arm, conditions: Sequence[Condition], trials: int) -> Iterator[dict]:
     """Yields a line for each condition: successes with Wilson's interval, progress (see TabletopEnv) and the half width of its 95 %
     interval, steps to success, malformed chunks, and the time of an answer for one robot alone."""
     from vla_jax.deploy import policy, rollout
