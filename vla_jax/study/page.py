@@ -88,7 +88,7 @@ def picture(lines: Iterable[dict], out: Path) -> Path:
                 ("fast", "held-out instruction"),
                 ("fast", "held-out camera"),
             ]
-            labels = ["FAST", "bins", "flow", "FAST, other\nwords", "FAST, other\ncamera"]
+            labels = ["FAST", "bins", "flow", "FAST,\nother\nwords", "FAST,\nother\ncamera"]
             for at, (head, condition) in enumerate(groups):
                 mine = [x for x in every if (x["arm"], x["condition"]) == (f"pretrain-{head}", condition)]
                 _bars(row[2], [at], [measure(x) for x in pooled(mine)], f"C{2 + (at > 2)}", None, "o")
