@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +154,8 @@ def made_up():
 def test_robots_are_added_up_and_the_last_line_counts(tmp_path):
     lines = page.newest(made_up())
     assert [x["successes"] for x in lines if x["robot"] == "tabletop_arm"] == [12]
+    planned, turned = [arm.name for arm in plan.arms(plan.Scale())], [x["arm"] for x in page.newest([*made_up()][::-1])]
+    assert turned == sorted(turned, key=planned.index) and turned[0] == "pretrain-fast"  # whichever was measured first
     (both,) = page.pooled(lines)
     assert (both["robot"], both["successes"], both["trials"]) == ("all", 32, 128) and (both["low"], both["high"]) == rollout.wilson(32, 128)
     assert both["progress"] == pytest.approx(0.25) and both["progress_half"] == pytest.approx(0.1 / np.sqrt(2))
@@ -198,3 +205,24 @@ def test_arms_are_started_when_what_they_begin_with_is_done():
     with pytest.raises(UserError, match="a process of the study is gone, .*: the same command goes on"):
         list(run.in_turn(arms, gone, 2))
     assert len(started) == 2
+
+
+def test_no_process_of_a_study_outlives_it(tmp_path):
+    """The study is killed while one of its processes is busy for ten minutes."""
+    (tmp_path / "study.py").write_text(
+        "import multiprocessing, os, time\nfrom concurrent import futures\nfrom vla_jax.study import run\nif __name__ == '__main__':\n"
+        "    pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), run._end_with_the_parent)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n    pool.submit(time.sleep, 600).result()\n"
+    )
+    repo = str(paths.assets("configs").parent)
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "study.py")], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": repo}
+    ) as study:
+        place = Path("/proc") / study.stdout.readline().strip() / "stat"
+        alive = lambda: place.is_file() and place.read_text().rpartition(")")[2].split()[0] != "Z"
+        assert alive()
+        study.kill()
+    until = time.monotonic() + 60
+    while alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive()
