@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,23 @@ def test_openpi_maps_to_the_tail_of_the_vocabulary():
     assert (
         layout.vocab_size == layout.text.vocab_size and layout.closing[-1] == 1 and layout.opening == tuple(layout.text.encode("Action: "))
     )
+
+
+def test_instructions_that_never_come_again_do_not_fill_memory():
+    """As a server is sent them for weeks: 2,000 long ones and as many short ones, of which only a number of short ones may be kept."""
+    layout, who, kept = make("native"), bridge(), []
+    try:
+        for length in (600, 4):
+            tracemalloc.start()
+            for i in range(2000):
+                prompt = layout.prompt(who, f"put {length} {i} " + "carefully " * (length // 10), STATES)
+                assert len(layout.prefix(images=2, prompt=prompt)) > len(layout.text.encode(prompt.task)) > length // 10
+            kept.append(tracemalloc.get_traced_memory()[0] / 2000)
+            tracemalloc.stop()
+    finally:
+        tracemalloc.stop()
+    long, short = kept  # bytes of each; a list of the ids of a long one alone has 2,400, a key of it as many as it has characters
+    assert long < 100 and short < 2000, kept
 
 
 @pytest.mark.parametrize("state", ["continuous", "text"])

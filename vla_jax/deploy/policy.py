@@ -89,12 +89,10 @@ class Policy:
             raise ValueError(f"malformed is {malformed!r}; allowed: {', '.join(MALFORMED)}")
         requests = [self._request(o) for o in observations]
         last = [self._last_action(o) for o in observations] if hold else [None] * len(observations)
-        for r, o in zip(requests, observations):
+        for r in requests:
             if cut := self.layout.cut(images=len(r.images), prompt=r.prompt):
-                warnings.warn(
-                    f"{cut} tokens of the instruction {o['prompt']!r} do not fit tokens.limit {self.layout.limit} and are not seen",
-                    stacklevel=2,
-                )
+                # without the instruction: Python keeps each text that it has warned by, for ever
+                warnings.warn(f"{cut} tokens of an instruction do not fit tokens.limit {self.layout.limit} and are not seen", stacklevel=2)
         kinds = np.array([d.kind for d in self.card.action.dims])
         binary, moves = kinds == "binary", np.isin(kinds, ("delta", "velocity"))
         out = []

@@ -11,7 +11,7 @@ import numpy as np
 from vla_jax import config
 from vla_jax.tokens.bins import state_bins, state_text
 from vla_jax.tokens.grammar import Grammar
-from vla_jax.tokens.text import SEGMENTS, TextTokenizer
+from vla_jax.tokens.text import KEPT, SEGMENTS, TextTokenizer
 from vla_jax.types import IMAGE, STATE, ActionTokenizer, Dim, UserError
 
 _COUNT = np.arange(1, 4097, dtype=np.int32)
@@ -88,11 +88,6 @@ class Prompt:
     @property
     def text(self) -> str:
         return self.head + self.task + self.tail
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _task(instruction: str) -> str:
-    return " ".join(instruction.strip().lower().replace("_", " ").split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +174,11 @@ class Layout:
         """state: f32[s] normalised. Raises: ValueError when it is to be written into the prompt and is missing or holds NaN."""
         if self.state == "text" and state is None:
             raise ValueError("the state belongs into this layout's prompt (tokens.state=text), and none was given")
+        cleaned = instruction.lower().strip().replace("_", " ")
         if self.openpi:
-            cleaned = instruction.lower().strip().replace("_", " ")
             return Prompt("Task: ", cleaned, f", State: {state_text(state)};\n")
         written = f"; state: {' '.join(map(str, np.clip(state_bins(state), 0, 255)))}" if self.state == "text" else ""
-        return Prompt(f"{who.described if self.describe else who.name}: ", _task(instruction), f"{written}\n")
+        return Prompt(f"{who.described if self.describe else who.name}: ", " ".join(cleaned.split()), f"{written}\n")
 
     def check_limit(self, who: Embodiment, state_dims: int) -> None:
         """Raises: UserError when `limit` leaves no token for the task (native), or none for an action (openpi)."""
@@ -197,18 +192,21 @@ class Layout:
 
     def prefix(self, *, images: int, prompt: Prompt) -> np.ndarray:
         """i32[n] of the part that is given when acting; not to be changed, it is kept."""
-        return self._prefix(images, prompt)[0]
+        return self._given(images, prompt)[0]
 
     def cut(self, *, images: int, prompt: Prompt) -> int:
         """How many tokens of a prompt do not fit `limit`."""
-        return self._prefix(images, prompt)[1]
+        return self._given(images, prompt)[1]
+
+    def _given(self, images: int, prompt: Prompt) -> tuple[np.ndarray, int]:
+        """(ids, how many did not fit)."""
+        return (self._kept if len(prompt.task) <= KEPT else self._make_prefix)(images, prompt)
 
     @functools.cached_property
-    def _prefix(self):
+    def _kept(self):
         return functools.lru_cache(maxsize=1 << 12)(self._make_prefix)  # the same prompts come again and again
 
     def _make_prefix(self, images: int, prompt: Prompt) -> tuple[np.ndarray, int]:
-        """(ids, how many did not fit)."""
         ids = [self.text.bos, *self.text.encode(prompt.text)]
         over = max(0, len(ids) - self.limit) if self.limit else 0
         if over and self.openpi:
@@ -222,7 +220,7 @@ class Layout:
 
     def build(self, *, images: int, prompt: Prompt, action_tokens: np.ndarray | None) -> Sequence:
         """action_tokens: i32[t], a chunk as `action.encode` gives it; None: the prompt alone, as an action expert's flow needs it."""
-        given, cut = self._prefix(images, prompt)
+        given, cut = self._given(images, prompt)
         if action_tokens is None:
             return Sequence(given, len(given), cut)
         opening, closing = self._around

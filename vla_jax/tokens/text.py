@@ -7,10 +7,13 @@ import functools
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from vla_jax import paths
 from vla_jax.types import UserError
 
 LOCATIONS, SEGMENTS = 1024, 128  # PaliGemma's pieces for places in a picture and shapes of a mask, last in its vocabulary
+KEPT = 512  # characters of a text whose ids are kept: one that is longer seldom comes again, and thousands of them would fill memory
 _SPECIAL = ("pad", "eos", "bos", "unk")
 
 
@@ -94,12 +97,16 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS."""
-        return list(self._encode(text))
+        return (self._kept(text) if len(text) <= KEPT else self._encode(text)).tolist()
 
     @functools.cached_property
-    def _encode(self):
+    def _kept(self):
         """The same few thousand prompts come again and again."""
-        return functools.lru_cache(maxsize=1 << 14)(self._sp.encode)
+        return functools.lru_cache(maxsize=1 << 14)(self._encode)
+
+    def _encode(self, text: str) -> np.ndarray:
+        """i32[n]: a tenth of the memory of a list of as many."""
+        return np.array(self._sp.encode(text), np.int32)
 
     def piece(self, id: int) -> str:
         return self._sp.id_to_piece(id)
