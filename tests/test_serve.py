@@ -167,7 +167,8 @@ def test_openpis_client(arm):
         ),
         (lambda o: o.update(last_action=np.zeros(2)), r"last_action must have shape \[3\] \(dq1, dq2, gripper\)"),
         (lambda o: o.update(robot="r2d2"), "robot 'r2d2' is not served; name one of tabletop_arm"),
-        (lambda o: o.update(robot=["a"]), "is not served"),
+        (lambda o: o.update(robot=["a"]), r"robot \(a list\) is not served"),
+        (lambda o: o.update(robot="r" * 1000), "robot 'r{80}' is not served"),
     ],
 )
 def test_a_wrong_observation_is_answered_with_what_was_expected(arm, change, said):
@@ -560,6 +561,52 @@ def test_a_client_that_reads_nothing_is_let_go():
         assert "vla_connections 0" in here.get("/metrics")[1]
 
 
+def test_a_client_that_pings_and_reads_nothing_is_let_go():
+    """Each ping is answered, whether or not the answers before it were read: a gigabyte a minute, if nobody looks."""
+    ping = b"\x89\xfd" + bytes(4) + bytes(125)  # masked by zeros
+    with running({"tabletop_arm": served(FakePolicy())}) as here, socket.socket() as link:
+        here.until_ready()
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.connect(("127.0.0.1", here.port))
+        upgrade = {
+            "Host": "x",
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Key": "A" * 22 + "==",
+            "Sec-WebSocket-Version": "13",
+        }
+        link.sendall(("GET / HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in upgrade.items()) + "\r\n").encode())
+        assert link.recv(12) == b"HTTP/1.1 101"
+        link.settimeout(20)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(400):  # 100 MB, of which less than a fifth may stay
+                link.sendall(ping * 2000)
+        until = time.monotonic() + 20
+        while "vla_connections 0" not in here.get("/metrics")[1] and time.monotonic() < until:
+            time.sleep(0.05)
+        said = here.get("/metrics")[1]
+        assert "vla_connections 0" in said and "vla_closed_as_too_slow_total 1" in said and "by_client" not in said
+        with Client(here.url) as client:
+            assert client.act(observation(1.0))["actions"][0, 0] == 1
+
+
+@pytest.mark.parametrize("odd", [None, True, 1.5, [], "x" * 300], ids=str)
+def test_a_request_id_is_short(arm, odd):
+    """It comes back with the answer."""
+    link, _ = plain(arm)
+    with link:
+        link.send(msgpack.packb({**FLAT, "request_id": odd}))
+        assert "vla-jax error observation: request_id must be a whole number or text of at most 256 characters" in link.recv(timeout=20)
+
+
+def test_what_was_not_used_is_named_in_short(arm):
+    link, _ = plain(arm)
+    with link:
+        link.send(msgpack.packb({**FLAT, **{f"observation/{i:03d}" + "x" * 300: 1 for i in range(200)}}))
+        said = msgpack.unpackb(link.recv(timeout=20))["unused"]
+        assert len(said) == 20 and said[0] == "observation/000" + "x" * 45
+
+
 def test_the_client_survives_a_new_server_but_not_another_policy():
     with running({"tabletop_arm": served(FakePolicy())}) as here:
         client = Client(here.url, timeout_s=20)
@@ -677,6 +724,15 @@ def test_other_hosts_are_warned_of_and_used_ports_said(capfd, monkeypatch):
         with pytest.raises(UserError, match="cannot listen"):
             serve.run({"tabletop_arm": served(FakePolicy())}, serve.Settings(host="192.0.2.1"))  # of no machine
     assert "reached from other machines: NO TOKEN is asked for, and what is sent travels unencrypted" in capfd.readouterr().err
+
+
+def test_a_python_that_keeps_keys_is_said(capfd, monkeypatch):
+    assert [serve.keeps_keys(v) for v in ((3, 11, 9), (3, 12, 0), (3, 12, 6), (3, 12, 7), (3, 13, 0))] == [False, True, True, False, False]
+    for said in (False, True):
+        monkeypatch.setattr(serve, "keeps_keys", lambda _, said=said: said)
+        with pytest.raises(UserError, match="cannot listen"):
+            serve.run({"tabletop_arm": served(FakePolicy())}, serve.Settings(host="192.0.2.1"))
+        assert ("Serve with Python 3.12.7 or later" in capfd.readouterr().err) == said
 
 
 def test_the_client_needs_no_jax(arm):

@@ -89,6 +89,8 @@ def array(**changed) -> bytes:
         b"\x81",
         msgpack.packb({}) + b"\0",
         b"\x91" * 100_000,
+        b"\x91" * 33 + b"\x01",
+        b"\x81\xa1a" * 33 + b"\x01",
         b"\xdd\xff\xff\xff\xff" * 100,
         b"\xdc\x10\x00" + (b"\xdc\x0f\xff" + b"\xc0" * 4095) * 4096,
         b"\xa2\xff\xfe",
@@ -100,16 +102,58 @@ def test_what_is_no_message_is_refused(data):
         wire.unpack(data)
 
 
-def test_a_flood_of_small_items_takes_no_memory():
-    """16 MB of empty lists would become a gigabyte."""
+_4000 = (4000).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        b"\xdd" + _4000 + (b"\xdd" + _4000 + b"\x90" * 4000) * 4000,
+        (b"\xdd" + _4000 + b"\xa2ab" * 3999) * 20,
+        (b"\xdf" + _4000 + b"\xa2ab\x01" * 3999 + b"\xa2ab") * 20,
+    ],
+    ids=["lists that end", "lists within lists", "maps within maps"],
+)
+def test_a_flood_of_small_items_takes_no_memory(flood):
+    """16 MB of empty lists would become a gigabyte. Lists within lists do not end before all are made."""
     import tracemalloc
 
-    flood = b"\xdd" + (4000).to_bytes(4, "big") + (b"\xdd" + (4000).to_bytes(4, "big") + b"\x90" * 4000) * 4000
     tracemalloc.start()
-    with pytest.raises(wire.Malformed, match="more than 65536 items"):
-        wire.unpack(flood)
-    assert tracemalloc.get_traced_memory()[1] < 20e6
-    tracemalloc.stop()
+    try:
+        with pytest.raises(wire.Malformed, match="more than 65536 items"):
+            wire.unpack(flood)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def _values(x) -> int:
+    if isinstance(x, dict):
+        return 1 + sum(1 + _values(v) for v in x.values())
+    return 1 + sum(map(_values, x)) if isinstance(x, list) else 1
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.floats(width=32)
+        | st.text(max_size=300)
+        | st.binary(max_size=300)
+        | st.sampled_from(["x" * 70_000, b"x" * 70_000, list(range(20)), dict.fromkeys(map(str, range(20)), -1)]),
+        lambda x: st.lists(x, max_size=20) | st.dictionaries(st.text(max_size=40), x, max_size=20),
+        max_leaves=60,
+    ),
+    st.booleans(),
+    st.randoms(),
+)
+def test_values_are_counted_before_they_are_made(x, single, random):
+    data = msgpack.packb(x, use_single_float=single)
+    assert wire.items(data) == _values(x)
+    assert 0 <= wire.items(data[: random.randrange(len(data))]) <= _values(x)
+    assert wire.items(b"\xdd" + _4000 + data * 8 + b"\xc0" * 3992) == 1 + 8 * _values(x) + 3992
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def _wrong(link: Client, seen: dict, rng: np.random.Generator) -> str:
         ("not finite", wire.pack({**seen, "state": np.full_like(seen["state"], np.nan)}), "observation"),
         ("robot", wire.pack({**seen, "robot": "r2d2"}), "observation"),
         ("object array", wire.pack({"state": {b"__ndarray__": True, b"data": b"x", b"dtype": "|O", b"shape": [1]}}), "malformed"),
-        ("prompt too long", wire.pack({**seen, "prompt": "push it " * int(rng.integers(100, 500))}), "observation"),
+        ("prompt too long", wire.pack({**seen, "prompt": _words(rng)}), "observation"),
         ("cut short", wire.pack(seen)[: int(rng.integers(1, 400))], "malformed"),
     ][int(rng.integers(10))]
     try:
@@ -171,6 +171,11 @@ def _wrong(link: Client, seen: dict, rng: np.random.Generator) -> str:
         return f"lost: {kind}: {type(e).__name__}"
     fits = isinstance(answer, str) and any(answer.startswith(f"vla-jax error {c}: ") for c in code.split("|"))
     return f"refused: {kind}" if fits else f"lost: {kind}: answered with {str(answer)[:80]!r}"
+
+
+def _words(rng: np.random.Generator) -> str:
+    """An instruction that is too long and never came before: nothing that is kept of it may pile up."""
+    return "".join(rng.choice(list("abcdefghij klmnop"), int(rng.integers(200, 2000))))
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def of(message: Mapping, policy, names: Mapping[str, tuple[str, ...]]) -> dict:
         out["last_action"] = _numbers(last, "last_action", [d.name for d in policy.card.action.dims], ())
     if extra := sorted(set(images) - set(out["images"]), key=str):  # a picture under a wrong name would be missed silently
         raise Unfit(f"images holds {str(extra[0])[:60]!r}, which this policy does not take; it takes {', '.join(_wanted(policy))}")
-    return out | ({"unused": sorted(spare)} if spare else {})
+    return out | ({"unused": [key[:60] for key in sorted(spare)[:20]]} if spare else {})
 
 
 def with_history(seen: Sequence[Mapping], history: int) -> dict:

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import stat
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -36,6 +37,8 @@ from vla_jax.types import UserError
 
 TOKEN_VARIABLE = "VLA_SERVE_TOKEN"
 _SHORTEST_TOKEN = 16
+_UNREAD, _SWEEP_S = 16 << 20, 1.0  # bytes that a client has not read, many times what is ever answered; how often they are looked at
+_LONGEST_ID = 256
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -75,7 +78,8 @@ class Server:
     def __init__(self, robots: dict[str, Served], settings: Settings, token: str = ""):
         self.robots, self.settings, self._token = robots, settings, token
         self.counters, self.stop, self.port = Counters(), asyncio.Event(), 0
-        self._ready, self._open, self._in_hand = asyncio.Event(), 0, 0
+        self._ready, self._in_hand = asyncio.Event(), 0
+        self._open: set[ServerConnection] = set()
         self._batcher = Batcher(self._infer, most=settings.max_batch, depth=settings.queue, prepare=self._prepare)
         self._only = next(iter(robots)) if len(robots) == 1 else ""
 
@@ -89,14 +93,17 @@ class Server:
             self.port = server.sockets[0].getsockname()[1]
             listening(self.port)
             self._batcher.start()
-            warming, stopping = asyncio.create_task(self._warm()), asyncio.create_task(self.stop.wait())
+            warming, stopping, sweeping = (asyncio.create_task(x) for x in (self._warm(), self.stop.wait(), self._sweep()))
             await asyncio.wait([warming, stopping], return_when=asyncio.FIRST_COMPLETED)
             if warming.done():
                 warming.result()  # raises what it raised
                 await stopping
             else:
                 warming.cancel()
-            return await self._drain()
+            try:
+                return await self._drain()
+            finally:
+                sweeping.cancel()
 
     def _prepare(self) -> float:
         """-> seconds."""
@@ -141,9 +148,9 @@ class Server:
             return connection.respond(404, "here are /, a websocket, /healthz and /metrics\n")
         if (robot := _asked(request)) and robot not in self.robots:
             return connection.respond(404, f"no robot of that name here; there are: {', '.join(self.robots)}\n")
-        if self._open >= self.settings.connections:
+        if len(self._open) >= self.settings.connections:
             self.counters.add("vla_refused_connections", why="full")
-            return connection.respond(503, f"{self._open} connections are open, and no more are taken\n")
+            return connection.respond(503, f"{len(self._open)} connections are open, and no more are taken\n")
         return None
 
     def _admitted(self, request: Request) -> bool:
@@ -164,12 +171,12 @@ class Server:
 
     def _gauges(self) -> dict[str, float]:
         b = self._batcher
-        gauges = {"vla_ready": self._state() == "ok", "vla_connections": self._open, "vla_waiting": b.waiting}
+        gauges = {"vla_ready": self._state() == "ok", "vla_connections": len(self._open), "vla_waiting": b.waiting}
         gauges |= {"vla_model_calls": sum(b.calls.values()), "vla_model_observations": sum(n * c for n, c in list(b.calls.items()))}
         return gauges | {"process_resident_memory_bytes": resident_bytes()}
 
     async def _talk(self, connection: ServerConnection) -> None:
-        self._open += 1
+        self._open.add(connection)
         try:
             gone = asyncio.create_task(connection.wait_closed())
             ready = asyncio.create_task(self._ready.wait())
@@ -191,12 +198,24 @@ class Server:
                 finally:
                     self._in_hand -= 1
         except ConnectionClosed:
-            self.counters.add("vla_closed_by_client_or_network")
+            if connection in self._open:  # else it was let go
+                self.counters.add("vla_closed_by_client_or_network")
         except TimeoutError:
-            self.counters.add("vla_closed_as_too_slow")
-            connection.transport.abort()
+            self._let_go(connection)
         finally:
-            self._open -= 1
+            self._open.discard(connection)
+
+    def _let_go(self, connection: ServerConnection) -> None:
+        self._open.discard(connection)
+        self.counters.add("vla_closed_as_too_slow")
+        connection.transport.abort()
+
+    async def _sweep(self) -> None:
+        """Whoever pings and does not read is sent pongs all the same, and websockets does not wait for them to go: they would fill memory."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for connection in [c for c in self._open if c.transport.get_write_buffer_size() > _UNREAD]:
+                self._let_go(connection)
 
     async def _send(self, connection: ServerConnection, message: bytes | str) -> None:
         await asyncio.wait_for(connection.send(message), self.settings.timeout_s)
@@ -223,6 +242,8 @@ class Server:
             if not isinstance(message, dict):
                 raise wire.Malformed(f"a message is a map packed by msgpack, got {'text' if message is None else type(message).__name__}")
             name = self._robot(message, named)
+            if type(ticket := message.get("request_id", 0)) not in (int, str) or len(str(ticket)) > _LONGEST_ID:
+                raise observation.Unfit(f"request_id must be a whole number or text of at most {_LONGEST_ID} characters")
             seen = self.robots[name].check(message)
             if self.stop.is_set():
                 raise Busy("the server is ending")
@@ -249,9 +270,8 @@ class Server:
     def _robot(self, message: dict, named: str) -> str:
         name = message.get("robot", named or self._only)
         if not isinstance(name, str) or name not in self.robots:
-            raise observation.Unfit(
-                f"robot {str(name)[:80]!r} is not served; name one of {', '.join(self.robots)} in the observation or by ?robot="
-            )
+            said = repr(name[:80]) if isinstance(name, str) else f"(a {type(name).__name__})"
+            raise observation.Unfit(f"robot {said} is not served; name one of {', '.join(self.robots)} in the observation or by ?robot=")
         return name
 
     def _reply(self, found: Answer, message: dict, seen: dict) -> dict:
@@ -259,7 +279,7 @@ class Server:
         self.counters.took("vla_model", found.infer_s)
         out = dict(found.result)
         out["server_timing"] = {"infer_ms": found.infer_s * 1e3, "queue_ms": found.queue_s * 1e3, "batch": found.together}
-        if isinstance(message.get("request_id"), int | str):
+        if "request_id" in message:
             out["request_id"] = message["request_id"]
         return out | ({"unused": seen["unused"]} if "unused" in seen else {})
 
@@ -296,6 +316,11 @@ def run(robots: dict[str, Served], settings: Settings, token: str = "") -> int:
             f"{settings.host} is reached from other machines: {'a token is asked for, but it' if token else 'NO TOKEN is asked for, and what is sent'} "
             "travels unencrypted. Whoever reaches the port can take part in moving a robot: keep it in a private network or behind a tunnel."
         )
+    if keeps_keys(sys.version_info[:3]):
+        say(
+            f"Python {sys.version.split()[0]} keeps every key of every message for ever (cpython#113993): clients that send ever new ones fill "
+            "memory. Serve with Python 3.12.7 or later, or with 3.11."
+        )
     try:
         done = asyncio.run(main())
     except OSError as e:
@@ -304,6 +329,11 @@ def run(robots: dict[str, Served], settings: Settings, token: str = "") -> int:
         raise UserError(f"cannot listen on {settings.host}:{settings.port}: {e.strerror or e}. Give another --port or --host.") from e
     say("ended" if done else "ended, with requests unanswered")
     return 0 if done else 1
+
+
+def keeps_keys(python: tuple[int, int, int]) -> bool:
+    """Whether interned text is never freed: msgpack interns the keys of maps."""
+    return (3, 12, 0) <= python < (3, 12, 7)
 
 
 def _asked(request: Request | None) -> str:

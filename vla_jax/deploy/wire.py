@@ -14,7 +14,10 @@ import numpy as np
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _LONGEST, _ITEMS = 4096, 1 << 16  # of one list or map; of all together: a list of a million empty ones takes 60 times its bytes
-_MOST_DIMS = 8
+_MOST_DIMS, _DEEPEST = 8, 32
+_PLAIN = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}  # bytes behind those of numbers
+_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}  # bytes of the size of bytes and text
+_HOLDING = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # bytes of the length of lists and maps, items for each of it
 
 
 class Malformed(ValueError):
@@ -28,20 +31,11 @@ def pack(message) -> bytes:
 
 def unpack(data: bytes):
     """The inverse; arrays are views of `data` that cannot be written to. Raises: Malformed."""
-    left = _ITEMS
-
-    def counted(items):
-        nonlocal left
-        left -= len(items) + 1
-        if left < 0:
-            raise Malformed(f"the message holds more than {_ITEMS} items: send numbers as arrays")
-        return items
-
+    items(data)
     try:
         return msgpack.unpackb(
             data,
-            object_hook=lambda found: _read(counted(found)),
-            list_hook=counted,
+            object_hook=_read,
             ext_hook=_no_extension,
             max_array_len=_LONGEST,
             max_map_len=_LONGEST,
@@ -51,6 +45,42 @@ def unpack(data: bytes):
         raise
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError, msgpack.UnpackException) as e:
         raise Malformed(f"no msgpack: {type(e).__name__}: {str(e)[:200]}") from None
+
+
+def items(data: bytes) -> int:
+    """How many values a message holds, with keys, lists and maps; up to where it is cut short or no msgpack. Made before any of them is, since
+    msgpack tells of a list only when it ends. Raises: Malformed for too many, or too many lists within lists."""
+    at, found, open_ = 0, 0, [1]  # how many values each list and map that has begun still lacks
+    while open_:
+        if not open_[-1]:
+            open_.pop()
+            continue
+        if at >= len(data):
+            break
+        open_[-1] -= 1
+        found += 1
+        kind, at, holds = data[at], at + 1, 0
+        if kind in _SIZED:
+            size = _SIZED[kind]
+            at += size + int.from_bytes(data[at : at + size])
+        elif 0xA0 <= kind <= 0xBF:  # short text
+            at += kind & 0x1F
+        elif 0x80 <= kind <= 0x9F:  # short maps and lists
+            holds = (kind & 0x0F) * (2 if kind < 0x90 else 1)
+        elif kind in _HOLDING:
+            size, each = _HOLDING[kind]
+            holds, at = int.from_bytes(data[at : at + size]) * each, at + size
+        elif kind in _PLAIN:
+            at += _PLAIN[kind]
+        elif kind == 0xC1 or 0xC7 <= kind <= 0xD8:  # not used, and extensions: msgpack ends here, too
+            break
+        if holds:
+            open_.append(holds)
+        if found > _ITEMS:
+            raise Malformed(f"the message holds more than {_ITEMS} items: send numbers as arrays")
+        if len(open_) > _DEEPEST:
+            raise Malformed(f"the message has more than {_DEEPEST} lists and maps within each other")
+    return found
 
 
 def _written(x):

@@ -102,7 +102,7 @@ class TextTokenizer:
     @functools.cached_property
     def _kept(self):
         """The same few thousand prompts come again and again."""
-        return functools.lru_cache(maxsize=1 << 14)(self._encode)
+        return functools.lru_cache(maxsize=1 << 12)(self._encode)
 
     def _encode(self, text: str) -> np.ndarray:
         """i32[n]: a tenth of the memory of a list of as many."""
