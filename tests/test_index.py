@@ -126,6 +126,20 @@ def test_programs_that_index_at_once(many, tmp_path):
     assert len({out for out, _ in said}) == 1 and [p.name[:9] for p in tmp_path.iterdir()] == ["odd_robot"]
 
 
+def test_parts_that_another_program_has_merged_are_no_fault(many, tmp_path):
+    """Two scan at once, and the slower one finds no part left to merge."""
+    card = odd_rlds.card()
+    place = rlds.dataset_dir(many, card.name, card.version)
+    path = index.location(card, place, str(tmp_path))
+    with pytest.raises(UserError, match="has no usable episode"):
+        build.merge(card, place, path, holdout=0.1)  # nobody has scanned
+    build.scan_shards(card, place, path, workers=1)
+    build.merge(card, place, path, holdout=0.1)
+    made = index.open_index(card, place, path)
+    build.merge(card, place, path, holdout=0.1)
+    same(made, index.open_index(card, place, path))
+
+
 def test_a_shard_rewritten_at_its_size_is_refused(many, tmp_path):
     shutil.copytree(many, tmp_path / "data")
     ix = build.ensure(odd_rlds.card(), str(tmp_path / "data"), str(tmp_path / "ix"))

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +120,21 @@ def test_a_line_says_what_happened(acted):
         assert 0 < line["action_s"] < line["answer_s"] and json.dumps(line)
 
 
+def test_an_arm_that_goes_on_has_no_seconds(tmp_path, monkeypatch):
+    """Those of its last part alone would look like a fast arm."""
+    arm = plan.Arm("x", "configs/demo.py", ("train.steps=3",), "pretrain", ())
+    monkeypatch.setattr(loop, "prepare", lambda config, folder, where: SimpleNamespace(config=config, workdir=folder))
+    monkeypatch.setattr(loop, "train", lambda run, quiet: (run.workdir / "checkpoints" / "3").mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(export, "export", lambda run, out: out.mkdir(parents=True))
+    took = run.train(tmp_path, arm)
+    assert took["train_s"] >= 0 and took["train_cpu_s"] >= 0 and took["steps"] == 3 and run.train(tmp_path, arm) == took
+    (tmp_path / "export" / "x" / "study.json").unlink()
+    again = run.train(tmp_path, arm)
+    assert again == {"train_s": None, "train_cpu_s": None, "steps": 3}
+    line = {**next(iter(made_up())), **again}
+    assert "| " + line["arm"] in page.table([line]) and " () " not in page.table([line])
+
+
 def made_up():
     base = {
         "steps_to_success": 12.0,
@@ -200,6 +217,22 @@ def test_arms_are_started_when_what_they_begin_with_is_done():
         future = futures.Future()
         future.set_exception(BrokenProcessPool())
         return future
+
+    def one_fails(arm):
+        started.append(arm.name)
+        future = futures.Future()
+        if len(started) == 2:  # is still under way when the first one fails
+            threading.Timer(0.2, future.set_result, [[{"arm": arm.name}]]).start()
+        else:
+            future.set_exception(UserError("no room"))
+        return future
+
+    started.clear()
+    kept, turns = [], run.in_turn(arms, one_fails, 2)
+    with pytest.raises(UserError, match="no room"):
+        for new in turns:
+            kept += new
+    assert len(started) == 2 and [line["arm"] for line in kept] == started[1:]  # what the other measured is not lost
 
     started.clear()
     with pytest.raises(UserError, match="a process of the study is gone, .*: the same command goes on"):

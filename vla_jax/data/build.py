@@ -178,7 +178,7 @@ def merge(card: DatasetCard, place: Store, path: Path, *, holdout: float) -> Non
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         _merge(card, place, path, partial, holdout)
-    except OSError:
+    except (OSError, UserError):  # whoever was first has cleared the parts, some of them or all
         if not (path / "meta.json").is_file():
             raise
     finally:

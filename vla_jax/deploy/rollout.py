@@ -116,7 +116,8 @@ def wilson(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, floa
     """95 % interval of a success rate (Wilson, 1927): honest at few trials, unlike mean +- error."""
     p, n = successes / trials, trials
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n))
+    low, high = (float(x / (1 + z * z / n)) for x in (centre - half, centre + half))
+    return min(max(low, 0.0), p), max(min(high, 1.0), p)  # rounding must not leave the rate outside
 
 
 def summary(outcomes: Sequence[Outcome], calls: Sequence[Call]) -> dict:

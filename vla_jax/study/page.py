@@ -46,7 +46,7 @@ def table(lines: Iterable[dict]) -> str:
         success, interval = f"{line['successes']}/{line['trials']}", f"{line['low']:.0%} - {line['high']:.0%}"
         progress = f"{line['progress']:.2f} +- {line['progress_half']:.2f}"
         steps = f"{line['steps_to_success']:.0f}" if line["steps_to_success"] else ""
-        cost = f"{line['train_s']:.0f} ({line['train_cpu_s']:.0f})"
+        cost = f"{line['train_s']:.0f} ({line['train_cpu_s']:.0f})" if line["train_s"] else ""
         ms = f"{1000 * line['action_s']:.1f}" if line["action_s"] else ""
         rows.append((line["arm"], line["condition"], robot, success, interval, progress, steps, cost, ms))
     order = {arm: i for i, arm in enumerate(dict.fromkeys(r[0] for r in rows))}

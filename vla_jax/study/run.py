@@ -54,21 +54,25 @@ def main(workdir: Path, *, quick: bool, out: Path | None, only: tuple[str, ...] 
 
 def in_turn(arms: Sequence[Arm], start: Callable[[Arm], futures.Future], jobs: int) -> Iterator[list[dict]]:
     """Starts each arm, `jobs` at a time, once the one that it begins with is done, and yields the lines of each that is. Raises: what an
-    arm raises, and UserError when its process is gone; no other arm is started then."""
-    waiting, running = list(arms), {}
-    while waiting or running:
+    arm raises, and UserError when its process is gone; no other arm is started then, and those under way are waited for."""
+    waiting, running, failed = list(arms), {}, None
+    while running or waiting and not failed:
         ahead = {arm.name for arm in (*waiting, *running.values())}
-        for arm in [a for a in waiting if a.begins not in ahead][: jobs - len(running)]:
+        for arm in [] if failed else [a for a in waiting if a.begins not in ahead][: jobs - len(running)]:
             waiting.remove(arm)
             running[start(arm)] = arm
         for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-            arm = running.pop(future)
-            try:
+            arm, found = running.pop(future), future.exception()
+            if found is None:
                 yield future.result()
-            except BrokenProcessPool:
-                raise UserError(
+            elif isinstance(found, BrokenProcessPool):
+                failed = failed or UserError(
                     f"a process of the study is gone, {arm.name} perhaps for want of memory: the same command goes on"
-                ) from None
+                )
+            else:
+                failed = failed or found
+    if failed:
+        raise failed
 
 
 def _end_with_the_parent() -> None:
@@ -95,7 +99,7 @@ def one(workdir: Path, arm: Arm, scale: Scale, began: float) -> list[dict]:
     except Interrupted as e:  # which is not one that can be sent to the parent
         raise UserError(f"{arm.name}: {e}") from None
     say = lambda text: print(f"[{time.time() - began:5.0f} s] {arm.name}: {text}", flush=True)
-    say(f"trained in {trained['train_s']:.0f} s")
+    say("trained" + (f" in {trained['train_s']:.0f} s" if trained["train_s"] else ", going on from a checkpoint"))
     lines = []
     for line in act(workdir, arm, arm.conditions, scale.trials):
         say(f"{line['condition']}, {line['robot']}: {line['successes']} of {line['trials']}, progress {line['progress']:.2f}")
@@ -144,7 +148,7 @@ def settings(workdir: Path, arm: Arm) -> config.Config:
 
 def train(workdir: Path, arm: Arm) -> dict:
     """Trains and exports the arm, if that is not done -> {train_s, train_cpu_s, steps}: seconds on the wall and of all cores, with
-    compiling, indexing and fitting."""
+    compiling, indexing and fitting; None for an arm that went on from a checkpoint, since what came before it was not timed."""
     out = workdir / "export" / arm.name
     if not (out / "study.json").is_file():
         from vla_jax.deploy import export
@@ -152,11 +156,13 @@ def train(workdir: Path, arm: Arm) -> dict:
 
         shutil.rmtree(out, ignore_errors=True)
         wall, cpu = time.time(), time.process_time()
-        run = loop.prepare(settings(workdir, arm), workdir / "runs" / arm.name, where=arm.config)
+        folder = workdir / "runs" / arm.name
+        whole = not any(folder.glob("checkpoints/[0-9]*"))
+        run = loop.prepare(settings(workdir, arm), folder, where=arm.config)
         loop.train(run, quiet=True)
         took = {
-            "train_s": round(time.time() - wall, 1),
-            "train_cpu_s": round(time.process_time() - cpu, 1),
+            "train_s": round(time.time() - wall, 1) if whole else None,
+            "train_cpu_s": round(time.process_time() - cpu, 1) if whole else None,
             "steps": run.config.train.steps,
         }
         export.export(run.workdir, out)
